@@ -1,0 +1,59 @@
+"""Errors that are the user's to fix: each is one line naming the field, the value and the fix.
+
+The command line prints them without a traceback; code that calls polyak can catch
+`PolyakError`, or `ValueError` where the mistake is a bad value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PolyakError(Exception):
+    """Base of every error a user can cause and fix."""
+
+
+class ConfigError(PolyakError, ValueError):
+    """A configuration field has a value that cannot work."""
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name (rule, corpus, option, field) that is not known; the message offers the nearest."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class RuleError(PolyakError):
+    """A rule that does not load, does not define what a rule must, or misuses its declarations."""
+
+
+class DataError(PolyakError):
+    """A corpus, tokenizer or token shard that is missing, empty, binary, too short or corrupt."""
+
+
+class RunError(PolyakError):
+    """A run folder that is missing, unwritable, corrupt, or made with other settings."""
+
+
+class DivergedError(PolyakError):
+    """A loss or gradient stopped being finite; the message names the step and the rule."""
+
+
+class MissingExtraError(PolyakError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'adam'?"` for the closest known name, or `""` if nothing is close."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for an unknown name: offers the nearest and lists what exists."""
+    known = list(known)
+    return UnknownNameError(
+        f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(sorted(known))})"
+    )

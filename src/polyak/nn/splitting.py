@@ -1,0 +1,30 @@
+r"""Splitting schemes: in which substeps a layer calls its oracles.
+
+With oracles A (attention) and M (MLP), one layer of a rule S(x; O) is
+
+- `lie_trotter`: x ← S(x; A), then x ← S(x; M), two steps with their own scalars and norms;
+- `simultaneous`: x ← S(x; A + M), one step on both oracles at the same point (Euler).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from polyak.nn.config import Splitting
+from polyak.nn.oracles import MLP, Attention
+from polyak.rules import Oracle
+
+SUBSTEPS: dict[Splitting, tuple[str, ...]] = {
+    "lie_trotter": ("attention", "mlp"),
+    "simultaneous": ("layer",),
+}
+"""Names of a layer's substeps, in order."""
+
+
+def oracle_of(substep: str, attention: Attention, mlp: MLP) -> Oracle:
+    """The oracle that a substep calls: (B, T, d) → (B, T, d)."""
+
+    def both(x: Tensor) -> Tensor:
+        return attention(x) + mlp(x)  # type: ignore[no-any-return]
+
+    return {"attention": attention, "mlp": mlp, "layer": both}[substep]

@@ -1,0 +1,154 @@
+r"""`Transformer`: token ids → x and auxiliary streams → blocks → final norm → logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyak import rules
+from polyak.errors import ConfigError
+from polyak.nn.config import ModelConfig
+from polyak.nn.norms import norm
+from polyak.nn.oracles import MLP, Attention
+from polyak.nn.splitting import SUBSTEPS, oracle_of
+from polyak.rules import State, Stream, UpdateRule
+
+
+class Embedding(nn.Module):
+    """Learned token and position tables: (B, T) ids → (B, T, d)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.context_length, config.d_model)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token plus position vectors."""
+        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: its oracles, and one instance of the rule for each substep."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rule = rules.get(config.rule)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+        self.rules = nn.ModuleDict(
+            {
+                substep: rule(
+                    config.d_model,
+                    config.num_heads,
+                    norm_eps=config.norm_eps,
+                    bias=config.bias,
+                    options=config.rule_options,
+                )
+                for substep in SUBSTEPS[config.splitting]
+            }
+        )
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step of the rule per substep; x is (B, T, d)."""
+        for substep, rule in self.rules.items():
+            x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp))
+        return x, state
+
+
+class Transformer(nn.Module):
+    """A language model whose layers are optimizer steps.
+
+    Initialisation, as released: token, position and stream tables and linear weights N(0, 0.02),
+    the two output projections of a layer N(0, 0.02/√(2·layers)), LayerNorm weights 1, biases 0,
+    rule scalars at their initial values.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.streams = nn.ModuleDict(
+            {stream.name: Embedding(config) for stream in self.rule.streams if self._learned(stream)}
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.tokens.weight
+
+    @property
+    def rule(self) -> type[UpdateRule]:
+        """The class of the model's update rule."""
+        return rules.get(self.config.rule)
+
+    def init_weights(self) -> None:
+        """Draw every weight anew from torch's default generator (see the class docstring)."""
+        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = residual if name.endswith((".out", ".down")) else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def start(self, input_ids: Tensor) -> tuple[Tensor, State]:
+        """x (B, T, d) and the rule's streams before the first block, from ids (B, T)."""
+        x = self.embedding(input_ids)
+        starts = {stream.name: self._start(stream, input_ids, x) for stream in self.rule.streams}
+        return x, self.rule.State(**starts)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, vocab) for the token after each position of ids (B, T).
+
+        Raises:
+            ConfigError: the sequence is longer than the context.
+        """
+        if input_ids.shape[1] > self.config.context_length:
+            raise ConfigError(
+                f"a sequence of {input_ids.shape[1]} tokens is longer than "
+                f"context_length={self.config.context_length}; shorten it"
+            )
+        x, state = self.start(input_ids)
+        for block in self.blocks:
+            x, state = block(x, state)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def scalars(self) -> dict[str, dict[str, list[float]]]:
+        """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`."""
+        values: dict[str, dict[str, list[float]]] = {}
+        for block in self.blocks:
+            for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
+                for name, value in rule.scalar_values().items():
+                    values.setdefault(name, {}).setdefault(substep, []).append(value)
+        return values
+
+    def _learned(self, stream: Stream) -> bool:
+        return stream.start == "embedding" and self.config.stream_start is None
+
+    def _start(self, stream: Stream, input_ids: Tensor, x: Tensor) -> Tensor:
+        if self._learned(stream):
+            start: Tensor = self.streams[stream.name](input_ids)
+            return start
+        if stream.start == "embedding":  # the control: no tables of its own
+            return torch.zeros_like(x)
+        return stream.constant(x, self.config.num_heads)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters (tied weights once), counted on the meta device."""
+    with torch.device("meta"):
+        model: Any = Transformer(config)
+    return sum(parameter.numel() for parameter in model.parameters())

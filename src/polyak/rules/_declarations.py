@@ -1,0 +1,195 @@
+r"""What a rule declares in its class body: learned scalars, norms and choices.
+
+A learned scalar is stored unconstrained ("raw") and read through a smooth map onto its
+domain, as in the released code:
+
+- `unit_interval`: σ(raw) = 1/(1 + e^{−raw}), in (0, 1);
+- `positive`: softplus(raw) = ln(1 + e^{raw}), in (0, ∞);
+- `unconstrained`: raw itself.
+
+Reading `self.beta` in `step` gives the constrained value as a tensor of one element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyak import ops
+from polyak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polyak.rules._base import UpdateRule
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A learned scalar: its initial value, domain and the map from the raw parameter.
+
+    Attributes:
+        initial: value at initialisation, after the map.
+        domain: the values it can take, for messages and tables.
+        constrain: raw tensor → value tensor.
+        raw_of: initial value → raw value; None outside the domain.
+        shape: of the raw parameter; (1,) in every released rule but AdamW's λ, which is ().
+        requires: name of the norm without which the scalar does not exist.
+    """
+
+    initial: float
+    domain: str
+    constrain: Callable[[Tensor], Tensor]
+    raw_of: Callable[[float], float | None]
+    shape: tuple[int, ...] = (1,)
+    requires: str | None = None
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: UpdateRule | None, owner: type | None = None) -> Any:
+        return self if rule is None else self.constrain(getattr(rule, f"{self.name}_raw"))
+
+    def __set__(self, rule: UpdateRule, value: object) -> None:
+        raise AttributeError(f"set {self.name}_raw, the raw parameter behind {self.name!r}")
+
+    def starting_at(self, value: object) -> Scalar:
+        """The same scalar with another initial value.
+
+        Raises:
+            ConfigError: the value is not a number in the domain.
+        """
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(float(value)) or self.raw_of(float(value)) is None:  # type: ignore[arg-type]
+            raise ConfigError(
+                f"rule option {self.name}={value!r}: its initial value must be a number in "
+                f"{self.domain}"
+            )
+        return replace(self, initial=float(value))  # type: ignore[arg-type]
+
+    def parameter(self) -> nn.Parameter:
+        """A fresh raw parameter whose constrained value is `initial`."""
+        raw = self.raw_of(self.initial)
+        assert raw is not None, f"{self.name}: initial value {self.initial} outside {self.domain}"
+        return nn.Parameter(torch.full(self.shape, raw))
+
+
+def unit_interval(
+    initial: float | None = None, *, raw: float | None = None, shape: tuple[int, ...] = (1,)
+) -> Any:
+    """A scalar in (0, 1), the sigmoid of its raw parameter; start it by value or by `raw`."""
+    if initial is None:
+        initial = 1 / (1 + math.exp(-(raw if raw is not None else 0.0)))
+    return Scalar(initial, "(0, 1)", torch.sigmoid, _logit, shape)
+
+
+def positive(
+    initial: float, *, shape: tuple[int, ...] = (1,), requires: str | None = None
+) -> Any:
+    """A scalar above 0, the softplus of its raw parameter."""
+    return Scalar(initial, "(0, ∞)", F.softplus, _softplus_inverse, shape, requires)
+
+
+def unconstrained(initial: float, *, shape: tuple[int, ...] = (1,)) -> Any:
+    """A scalar that can take any value: the raw parameter itself."""
+    return Scalar(initial, "(−∞, ∞)", lambda raw: raw, lambda value: value, shape)
+
+
+def _logit(value: float) -> float | None:
+    return math.log(value / (1 - value)) if 0 < value < 1 else None
+
+
+def _softplus_inverse(value: float) -> float | None:
+    if value <= 0:
+        return None
+    return value + math.log(-math.expm1(-value))  # ln(e^value − 1) without overflow
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm that a rule applies to a state or an update, and can be told to leave out.
+
+    Attributes:
+        option: the rule option that controls it, `"layer"` or `"none"`.
+        default: the option's value when the user sets none.
+    """
+
+    option: str
+    default: str = "layer"
+
+    VALUES = ("layer", "none")
+
+
+def state_norm(default: str = "layer") -> Any:
+    """LN_v: normalises a stream as it is updated. Rule option `state_norm`: `layer` or `none`."""
+    return Norm("state_norm", default)
+
+
+def update_norm(default: str = "layer") -> Any:
+    """LN_u: normalises the update of x. Rule option `update_norm`: `layer` or `none`."""
+    return Norm("update_norm", default)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option of a rule that takes one of a few values."""
+
+    values: tuple[Any, ...]
+    default: Any = field(default=None)
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: UpdateRule | None, owner: type | None = None) -> Any:
+        return self if rule is None else rule.options[self.name]
+
+
+def choice(default: Any, *others: Any) -> Any:
+    """An option with a default and other allowed values; `self.NAME` reads the chosen one."""
+    return Choice((default, *others), default)
+
+
+class LayerNorm(nn.Module):
+    r"""LayerNorm over the last dimension: w·(u − mean u)/√(var u + eps) (+ b).
+
+    Args:
+        width: d, the size of the last dimension.
+        eps: added to the biased variance.
+        bias: whether to learn b; the released models do not.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., d) → (..., d)."""
+        return ops.layer_norm(u, self.weight, self.bias, self.eps)
+
+    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
+        """LN(βv + γg), fused; v and g are (..., d), β and γ have one element."""
+        return ops.momentum_norm(beta, v, gamma, g, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """For printing a model."""
+        return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+class NoNorm(nn.Module):
+    """Stands in for a LayerNorm that was switched off."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """U unchanged."""
+        return u
+
+    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
+        """βv + γg."""
+        return ops.axpby(beta, v, gamma, g)

@@ -1,0 +1,30 @@
+"""Nesterov: the oracle looks ahead along the velocity."""
+
+from __future__ import annotations
+
+from math import log
+
+from torch import Tensor
+
+from polyak.ops import axpy
+from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, state_norm
+from polyak.rules import unit_interval as unit
+
+
+@register("nesterov", architecture="YuriiFormer", paper="arXiv:2601.23236")
+class Nesterov(UpdateRule):
+    r"""v ← LN(βv + γ O(x + μv)); x ← x + v.
+
+    Reduction: μ → 0 is heavy_ball.
+    """
+
+    equation = "v ← LN(βv + γO(x + μv)); x ← x + v"
+    streams = (Stream("v", start="embedding"),)
+    mu, beta, gamma = unit(0.5), unit(0.5), positive(log(2))
+    norm = state_norm()
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        """One step; x and v are (B, T, d)."""
+        g = oracle(axpy(self.mu, state.v, x))
+        v = self.norm.combine(self.beta, state.v, self.gamma, g)
+        return x + v, state.replace(v=v)

@@ -1,0 +1,30 @@
+"""Triple momentum: Nesterov with a learned step along the velocity."""
+
+from __future__ import annotations
+
+from math import log
+
+from torch import Tensor
+
+from polyak.ops import axpy
+from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, state_norm
+from polyak.rules import unit_interval as unit
+
+
+@register("triple_momentum", architecture="TMMFormer", paper="arXiv:2605.24425")
+class TripleMomentum(UpdateRule):
+    r"""v ← LN(βv + γ O(x + μv)); x ← x + νv.
+
+    Reduction: ν = 1 is nesterov. At LayerNorm eps 0 it is nesterov with μ allowed past 1.
+    """
+
+    equation = "v ← LN(βv + γO(x + μv)); x ← x + νv"
+    streams = (Stream("v", start="embedding"),)
+    mu, beta, gamma, nu = unit(0.5), unit(0.5), positive(log(2)), positive(1.0)
+    norm = state_norm()
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        """One step; x and v are (B, T, d)."""
+        g = oracle(axpy(self.mu, state.v, x))
+        v = self.norm.combine(self.beta, state.v, self.gamma, g)
+        return axpy(self.nu, v, x), state.replace(v=v)
