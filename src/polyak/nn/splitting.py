@@ -27,4 +27,5 @@ def oracle_of(substep: str, attention: Attention, mlp: MLP) -> Oracle:
     def both(x: Tensor) -> Tensor:
         return attention(x) + mlp(x)  # type: ignore[no-any-return]
 
-    return {"attention": attention, "mlp": mlp, "layer": both}[substep]
+    oracles: dict[str, Oracle] = {"attention": attention, "mlp": mlp, "layer": both}
+    return oracles[substep]

@@ -56,7 +56,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step of the rule per substep; x is (B, T, d)."""
-        for substep, rule in self.rules.items():
+        rule: UpdateRule
+        for substep, rule in self.rules.items():  # type: ignore[assignment]  # a Module to torch
             x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp))
         return x, state
 
@@ -77,7 +78,11 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = Embedding(config)
         self.streams = nn.ModuleDict(
-            {stream.name: Embedding(config) for stream in self.rule.streams if self._learned(stream)}
+            {
+                stream.name: Embedding(config)
+                for stream in self.rule.streams
+                if self._learned(stream)
+            }
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = norm(config)

@@ -12,6 +12,7 @@ from polyak.rules._registry import get, names, register
 
 if TYPE_CHECKING:
     from polyak.rules._base import Oracle, State, Stream, UpdateRule
+    from polyak.rules._cost import Work
     from polyak.rules._declarations import (
         choice,
         positive,
@@ -26,6 +27,7 @@ _LAZY = {
     "State": "_base",
     "Stream": "_base",
     "UpdateRule": "_base",
+    "Work": "_cost",
     "choice": "_declarations",
     "positive": "_declarations",
     "state_norm": "_declarations",
@@ -39,6 +41,7 @@ __all__ = [
     "State",
     "Stream",
     "UpdateRule",
+    "Work",
     "choice",
     "get",
     "names",

@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from polyak.errors import ConfigError, RuleError, unknown
 from polyak.rules._declarations import Choice, LayerNorm, NoNorm, Norm, Scalar
+
+if TYPE_CHECKING:
+    from polyak.rules._cost import Work
 
 Oracle: TypeAlias = Callable[[Tensor], Tensor]
 State: TypeAlias = Any
@@ -74,6 +77,7 @@ class UpdateRule(nn.Module):
     Class attributes a rule may set:
         streams: the auxiliary streams it carries.
         equation: one line for tables, in the papers' symbols.
+        work: what a step costs; a rule that declares nothing is measured (`Work`). Not inherited.
         scalars, norms, choices: collected from the class body, not set by hand.
 
     Args:
@@ -92,6 +96,7 @@ class UpdateRule(nn.Module):
     architecture: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     equation: ClassVar[str] = ""
+    work: ClassVar[Work | None] = None
     streams: ClassVar[tuple[Stream, ...]] = ()
     scalars: ClassVar[dict[str, Scalar]] = {}
     norms: ClassVar[dict[str, Norm]] = {}
@@ -108,6 +113,7 @@ class UpdateRule(nn.Module):
         for attribute in norms:  # the instance's submodule of that name must be found instead
             delattr(cls, attribute)
         cls.name = own.get("name") or cls.__name__
+        cls.work = own.get("work")  # a subclass may step differently
         if not isinstance(cls.streams, tuple) or not all(
             isinstance(stream, Stream) for stream in cls.streams
         ):
@@ -134,7 +140,7 @@ class UpdateRule(nn.Module):
             raw.requires_grad_(name not in self.options["frozen"])
             self.register_parameter(f"{name}_raw", raw)
 
-    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: Any, oracle: Oracle) -> tuple[Tensor, Any]:
         """One step along depth.
 
         Args:
@@ -196,14 +202,13 @@ class UpdateRule(nn.Module):
     def scalar_values(self) -> dict[str, float]:
         """The learned scalars' current values, by name."""
         return {
-            name: float(getattr(self, name).detach())
-            for name in self.present_scalars(self.options)
+            name: float(getattr(self, name).detach()) for name in self.present_scalars(self.options)
         }
 
 
 def _state_type(stream_names: tuple[str, ...]) -> type[Any]:
     # a named tuple is what torch.func, torch.compile and checkpointing know how to take apart
-    state = namedtuple("State", stream_names)  # type: ignore[misc]  # noqa: PYI024
+    state = namedtuple("State", stream_names)  # type: ignore[misc]
     state.replace = state._replace  # type: ignore[attr-defined]
     return state
 

@@ -88,9 +88,7 @@ def unit_interval(
     return Scalar(initial, "(0, 1)", torch.sigmoid, _logit, shape)
 
 
-def positive(
-    initial: float, *, shape: tuple[int, ...] = (1,), requires: str | None = None
-) -> Any:
+def positive(initial: float, *, shape: tuple[int, ...] = (1,), requires: str | None = None) -> Any:
     """A scalar above 0, the softplus of its raw parameter."""
     return Scalar(initial, "(0, ∞)", F.softplus, _softplus_inverse, shape, requires)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, d) → (B, T, H, D), a view."""
-    return x.unflatten(-1, (num_heads, -1))
+    y: Tensor = x.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]
+    return y
 
 
 def merge_heads(y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy, ema, ema_square, rms_scale
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, update_norm
 from polyak.rules import unit_interval as unit
 
 
@@ -19,6 +19,7 @@ class Adam(UpdateRule):
     """
 
     equation = "m ← β₁m + (1−β₁)g; s ← β₂s + (1−β₂)g²; x ← x + γLN(m/(√s + ε))"
+    work = Work(passes=12)
     streams = (Stream("m", start="embedding"), Stream("s", start="ones"))
     beta1, beta2, gamma = unit(0.5), unit(0.5), positive(log(2))
     norm = update_norm()

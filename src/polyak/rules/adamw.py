@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from polyak.rules import Oracle, State, register
+from polyak.rules import Oracle, State, Work, register
 from polyak.rules import unit_interval as unit
 from polyak.rules.adam import Adam
 
@@ -17,6 +17,7 @@ class AdamW(Adam):
     """
 
     equation = "m, s as adam; x ← (1−λ)x + γLN(m/(√s + ε))"
+    work = Work(passes=13)
     lambda_ = unit(raw=-5.0, shape=())
 
     def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:

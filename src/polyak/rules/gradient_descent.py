@@ -7,7 +7,7 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy
-from polyak.rules import Oracle, State, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, UpdateRule, Work, positive, register, update_norm
 
 
 @register("gradient_descent", architecture="Vanilla", paper="arXiv:2605.24425")
@@ -20,6 +20,7 @@ class GradientDescent(UpdateRule):
     """
 
     equation = "x ← x + O(x)"
+    work = Work(passes=1)
     norm = update_norm(default="none")
     gamma = positive(log(2), requires="update_norm")
 

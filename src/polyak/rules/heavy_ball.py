@@ -6,7 +6,7 @@ from math import log
 
 from torch import Tensor
 
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, state_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, state_norm
 from polyak.rules import unit_interval as unit
 
 
@@ -18,6 +18,7 @@ class HeavyBall(UpdateRule):
     """
 
     equation = "v ← LN(βv + γO(x)); x ← x + v"
+    work = Work(passes=4)
     streams = (Stream("v", start="embedding"),)
     beta, gamma = unit(0.5), positive(log(2))
     norm = state_norm()

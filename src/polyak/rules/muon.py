@@ -7,8 +7,9 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy, ema, newton_schulz
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, update_norm
 from polyak.rules import unit_interval as unit
+from polyak.rules._cost import newton_schulz_cost
 from polyak.rules._heads import merge_heads, split_heads
 
 
@@ -20,6 +21,7 @@ class Muon(UpdateRule):
     """
 
     equation = "m ← βm + (1−β)O(x); x ← x + γLN(NS(m))"
+    work = Work(passes=5, matrices=newton_schulz_cost)
     streams = (Stream("m", start="embedding"),)
     beta, gamma = unit(0.5), positive(log(2))
     norm = update_norm()

@@ -7,7 +7,8 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy, newton_schulz
-from polyak.rules import Oracle, State, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, UpdateRule, Work, positive, register, update_norm
+from polyak.rules._cost import newton_schulz_cost
 from polyak.rules._heads import merge_heads, split_heads
 
 
@@ -20,6 +21,7 @@ class Ortho(UpdateRule):
     """
 
     equation = "x ← x + γLN(NS(O(x)))"
+    work = Work(passes=2, matrices=newton_schulz_cost)
     gamma = positive(log(2))
     norm = update_norm()
 

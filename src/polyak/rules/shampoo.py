@@ -7,8 +7,9 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy, gram_ema, inverse_sqrt_apply
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, update_norm
 from polyak.rules import unit_interval as unit
+from polyak.rules._cost import shampoo_cost
 from polyak.rules._heads import merge_heads, split_heads
 
 
@@ -21,6 +22,7 @@ class Shampoo(UpdateRule):
     """
 
     equation = "R ← βR + (1−β)GᵀG; x ← x + γLN(G R^(−½))"
+    work = Work(passes=2, matrices=shampoo_cost)
     streams = (Stream("R", start="identity"),)
     betaR, gamma = unit(0.5), positive(log(2))
     norm = update_norm()

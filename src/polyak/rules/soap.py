@@ -7,8 +7,9 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy, ema, gram_ema, inverse_sqrt_apply
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, update_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, update_norm
 from polyak.rules import unit_interval as unit
+from polyak.rules._cost import shampoo_cost
 from polyak.rules._heads import merge_heads, split_heads
 
 
@@ -20,6 +21,7 @@ class SOAP(UpdateRule):
     """
 
     equation = "R as shampoo; m ← β₁m + (1−β₁)g; x ← x + γLN(M R^(−½))"
+    work = Work(passes=5, matrices=shampoo_cost)
     streams = (Stream("m", start="embedding"), Stream("R", start="identity"))
     beta1, betaR, gamma = unit(0.5), unit(0.5), positive(log(2))
     norm = update_norm()

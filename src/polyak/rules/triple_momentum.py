@@ -7,7 +7,7 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy
-from polyak.rules import Oracle, State, Stream, UpdateRule, positive, register, state_norm
+from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, state_norm
 from polyak.rules import unit_interval as unit
 
 
@@ -19,6 +19,7 @@ class TripleMomentum(UpdateRule):
     """
 
     equation = "v ← LN(βv + γO(x + μv)); x ← x + νv"
+    work = Work(passes=7)
     streams = (Stream("v", start="embedding"),)
     mu, beta, gamma, nu = unit(0.5), unit(0.5), positive(log(2)), positive(1.0)
     norm = state_norm()

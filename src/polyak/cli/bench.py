@@ -1,0 +1,145 @@
+"""`polyak bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from polyak.cli._options import parse
+from polyak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DESCRIPTION = """Time forward + backward of every rule's model, and every numerical kernel in its fast
+and its reference form, interleaved, in float32. Let nothing else run meanwhile.
+
+examples:
+  polyak bench
+  polyak bench --what models --rules gradient_descent,triple_momentum --rounds 20
+  polyak bench --what ops --out runs/bench"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What is timed, at which size and how often."""
+
+    what: Literal["all", "models", "ops"] = "all"
+    """Models, ops (numerical kernels), or both."""
+    rules: str | None = None
+    """Rules separated by commas, the first is what others are relative to; default: all."""
+    rounds: int = 7
+    """Timed rounds; every round times everything once."""
+    num_layers: int = 6
+    """Layers."""
+    num_heads: int = 6
+    """Attention heads."""
+    d_model: int = 384
+    """Width."""
+    context_length: int = 256
+    """Tokens in a sequence."""
+    batch_size: int = 8
+    """Sequences at once."""
+    vocab_size: int = 256
+    """Number of token ids."""
+    threads: int | None = None
+    """CPU threads; None: torch's own choice."""
+    gpt2: bool = True
+    """Also time transformers' GPT2LMHeadModel of that shape, if transformers is installed."""
+    out: Path | None = None
+    """Folder for results.json."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads={self.threads} must be at least 1")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    config = parse(BenchConfig, "bench", words, DESCRIPTION)
+    from rich.console import Console
+
+    from polyak.files import make_folder, write_json
+    from polyak.study import bench
+    from polyak.training.runs import environment
+
+    console = Console(highlight=False)
+    shape = bench.Shape(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        d_model=config.d_model,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        vocab_size=config.vocab_size,
+    )
+    names = tuple(config.rules.split(",")) if config.rules else bench.default_rules()
+    for name in names:
+        shape.config(name)  # wrong sizes or names end here, before anything is timed
+    results: dict[str, Any] = {"kind": "bench", "load_before": bench.load(), **environment()}
+    with bench.threads(config.threads) as count:
+        results["threads"] = count
+        console.print(
+            f"forward + backward, float32, {count} threads, {config.rounds} rounds, "
+            f"{config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
+            f"T={config.context_length}, batch {config.batch_size}, "
+            f"vocabulary {config.vocab_size}; load {results['load_before']}"
+        )
+        if config.what in ("all", "models"):
+            results["models"] = bench.models(shape, names, config.rounds, gpt2=config.gpt2)
+            console.print(_model_table(results["models"], names[0]))
+        if config.what in ("all", "ops"):
+            tokens = config.batch_size * config.context_length
+            results["ops"] = bench.kernels(
+                tokens, config.num_heads, config.d_model // config.num_heads, config.rounds
+            )
+            console.print(_op_table(results["ops"], tokens))
+    results["load_after"] = bench.load()
+    if config.out is not None:
+        write_json(make_folder(config.out) / "results.json", results)
+    return 0
+
+
+def _model_table(rows: Sequence[dict[str, Any]], first: str) -> Table:
+    table = _table("", "tokens/s", "speed", "low–high", "peak MB", "peak")
+    table.caption = f"speed and peak memory relative to {first}; low–high over rounds"
+    for row in rows:
+        ratio = row["relative_speed"]
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']['median']:,.0f}",
+            f"{ratio['median']:.3f}",
+            f"{ratio['low']:.3f}–{ratio['high']:.3f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['relative_peak']:.2f}",
+        )
+    return table
+
+
+def _op_table(rows: Sequence[dict[str, Any]], tokens: int) -> Table:
+    table = _table("", "fast ms", "low–high", "reference ms", "speed-up")
+    table.caption = f"ops on {tokens} tokens"
+    for row in rows:
+        fast = row["fast_seconds"]
+        table.add_row(
+            row["name"],
+            f"{1e3 * fast['median']:.2f}",
+            f"{1e3 * fast['low']:.2f}–{1e3 * fast['high']:.2f}",
+            f"{1e3 * row['reference_seconds']['median']:.2f}",
+            f"{row['speed_up']:.2f}×",
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    return table

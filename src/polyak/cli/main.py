@@ -1,0 +1,82 @@
+"""`polyak COMMAND …`: finds the command, and turns users' mistakes into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "compare": "train rules side by side and report what differs",
+    "rules": "print the family of update rules and what they cost",
+    "bench": "time models and numerical kernels, interleaved",
+}
+
+
+def usage() -> str:
+    """The text of `polyak --help`."""
+    lines = [
+        "usage: polyak COMMAND [OPTIONS]",
+        "",
+        "Transformers whose layers are optimizer steps.",
+        "",
+        "commands:",
+        *(f"  {name:<10} {what}" for name, what in COMMANDS.items()),
+        "",
+        "polyak COMMAND --help shows a command's options and examples.",
+        "--debug shows the traceback of an error; --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0: done. 1: an error in one line on standard error. 2: the command line is wrong.
+    130: interrupted; what was finished is kept.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from polyak import __version__
+
+        print(f"polyak {__version__}")
+        return 0
+    command = words.pop(0)
+    if command not in COMMANDS:
+        from polyak.errors import unknown
+
+        print(f"polyak: {unknown('command', command, COMMANDS)}", file=sys.stderr)
+        return 2
+    return _run(command, words, debug)
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    from polyak.errors import PolyakError
+
+    try:
+        module = importlib.import_module(f"polyak.cli.{command}")
+        code: int = module.main(words)
+        return code
+    except KeyboardInterrupt:
+        print(f"\npolyak {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, PolyakError) else f"{type(error).__name__}: "
+        text = " ".join(str(error).split()) or "no message"
+        hint = "" if isinstance(error, PolyakError) else " (--debug shows where)"
+        print(f"polyak {command}: {kind}{text}{hint}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""`polyak rules`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyak.cli._options import parse
+
+DESCRIPTION = """Print the family of update rules: equation, learned scalars, streams, and parameters
+and training FLOPs relative to gradient_descent at the size given.
+
+examples:
+  polyak rules
+  polyak rules --d-model 768 --num-layers 12 --num-heads 12 --vocab-size 50304
+  polyak rules --rules triple_momentum,my_rule.py:MyRule
+  polyak rules --json"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RulesConfig:
+    """What to print, and at which size to count."""
+
+    rules: str | None = None
+    """Rules separated by commas; default: all registered ones."""
+    num_layers: int = 4
+    """Layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    d_model: int = 128
+    """Width."""
+    vocab_size: int = 256
+    """Number of token ids."""
+    context_length: int = 128
+    """Tokens in a sequence."""
+    json: bool = False
+    """Print JSON, for other programs."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    config = parse(RulesConfig, "rules", words, DESCRIPTION)
+    found = family(config)
+    if config.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(
+        f"At {config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
+        f"T={config.context_length}, vocabulary {config.vocab_size:,}. Parameters, training FLOPs "
+        "per token and state per token are relative to gradient_descent; g = O(x), γ and ν are "
+        "above 0, other scalars in (0, 1), with their initial values."
+    )
+    for rule in found:
+        console.print()
+        title = Text(rule["name"], style="bold")
+        about = ", ".join(part for part in (rule["architecture"], rule["paper"]) if part)
+        console.print(title + Text(f"  {about}" if about else "", style="dim"))
+        scalars = ", ".join(f"{name} {value:.4g}" for name, value in rule["scalars"].items())
+        streams = ", ".join(f"{name} from {start}" for name, start in rule["streams"].items())
+        lines = (
+            rule["equation"],
+            f"scalars: {scalars or 'none'}; streams: {streams or 'none'}",
+            f"parameters ×{rule['relative_parameters']:.3f} ({rule['parameters']:,}), "
+            f"FLOPs ×{rule['relative_flops']:.3f}, state ×{rule['relative_state']:.0f}",
+        )
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
+    return 0
+
+
+def family(config: RulesConfig) -> list[dict[str, Any]]:
+    """Every rule's facts, in the order of `polyak.rules.names()`."""
+    import dataclasses
+
+    from polyak import rules
+    from polyak.nn.config import ModelConfig
+    from polyak.nn.cost import cost
+
+    base = ModelConfig(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        d_model=config.d_model,
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+    )
+    first = cost(base)
+    names = rules.names() if config.rules is None else config.rules.split(",")
+    found = []
+    for name in names:
+        rule = rules.get(name.strip())
+        price = cost(dataclasses.replace(base, rule=name.strip()))
+        options = rule.resolve({})
+        found.append(
+            {
+                "name": rule.name,
+                "architecture": rule.architecture,
+                "paper": rule.paper,
+                "equation": rule.title(),
+                "scalars": {scalar: options[scalar] for scalar in rule.present_scalars(options)},
+                "streams": {stream.name: stream.start for stream in rule.streams},
+                "parameters": price.total_parameters,
+                "training_flops_per_token": price.training_flops_per_token,
+                "state_bytes_per_token": price.state_bytes_per_token,
+                "relative_parameters": price.total_parameters / first.total_parameters,
+                "relative_flops": price.training_flops_per_token / first.training_flops_per_token,
+                "relative_state": price.state_bytes_per_token / first.state_bytes_per_token,
+            }
+        )
+    return found

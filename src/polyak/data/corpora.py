@@ -1,0 +1,216 @@
+"""Corpora: sequences of documents, by name or by path, with a fingerprint and a fixed split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from polyak.data import python_sources, sources
+from polyak.data.documents import Document
+from polyak.errors import ConfigError, DataError, UnknownNameError, unknown
+
+__all__ = ["NAMES", "Corpus", "Document", "Splitter", "load_corpus"]
+
+NAMES: dict[str, Callable[[], tuple[Iterable[Document], str, Mapping[str, int]]]] = {
+    "stdlib": python_sources.stdlib,
+    "prose": python_sources.prose,
+}
+
+# Part of every document's hash. Changing it changes every split, so it never changes.
+_SPLIT_SALT = b"polyak split 1:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Named documents in a fixed order.
+
+    Attributes:
+        name: The corpus name, or the file's or folder's own name.
+        documents: The documents; can be iterated any number of times and is read as it goes, so
+            that a corpus larger than memory works.
+        fingerprint: SHA-256 over the names and contents (for JSONL and Parquet the bytes of the
+            files and the text field), independent of where the files lie.
+        split_by: What decides a document's side: the name where documents are files (editing a
+            file doesn't move it), the content where they are records (inserting a record
+            doesn't move the others, and duplicates stay on one side).
+        skipped: Reason → number of files left out.
+    """
+
+    name: str
+    documents: Iterable[Document]
+    fingerprint: str
+    split_by: Literal["name", "content"] = "name"
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def split(self, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
+        """(train, validation), split by document; see `Splitter`."""
+        splitter = self.splitter(fraction)
+        train, validation = (
+            replace(
+                self,
+                name=f"{self.name}:{side}",
+                documents=_Side(self.documents, splitter, index),
+                fingerprint=self.side_fingerprint(fraction, side),
+            )
+            for index, side in enumerate(("train", "validation"))
+        )
+        return train, validation
+
+    def side_fingerprint(self, fraction: float, side: str) -> str:
+        """The fingerprint of one side of a split, known without reading any document."""
+        return sha256(f"{self.fingerprint} {fraction!r} {side}".encode()).hexdigest()
+
+    def splitter(self, fraction: float = 0.05) -> Splitter:
+        """Decide the split; reads documents only until both sides are known not to be empty.
+
+        Raises:
+            ConfigError: `fraction` is not between 0 and 1.
+            DataError: the corpus holds no text, or a single character.
+        """
+        check_fraction(fraction)
+        count, longest = 0, 0
+        lowest, highest = (2.0, ""), (-1.0, "")
+        for document in self.documents:
+            if not document.text:
+                continue
+            count, longest = count + 1, max(longest, len(document.text))
+            scored = (_score(document, self.split_by), document.name)
+            lowest, highest = min(lowest, scored), max(highest, scored)
+            if lowest[0] < fraction <= highest[0]:
+                return Splitter(fraction=fraction, by=self.split_by)
+        if count == 0:
+            raise DataError(f"corpus {self.name!r} is empty: it holds no document with any text")
+        if count == 1:
+            if longest < 2:
+                raise DataError(
+                    f"corpus {self.name!r} is a single character, which cannot be split into "
+                    "training and validation text; give it more text"
+                )
+            return Splitter(fraction=fraction, by="tail")
+        if lowest[0] >= fraction:
+            return Splitter(fraction=fraction, by=self.split_by, only_validation=lowest[1])
+        return Splitter(fraction=fraction, by=self.split_by, only_train=highest[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitter:
+    """Which side of the split a document is on: a fixed function of the document alone.
+
+    A document is held out when the SHA-256 of its name (or content), read as a number in [0, 1),
+    is below `fraction`; so adding a document never moves another. Where that leaves a side of
+    two or more documents empty, the document with the lowest (highest) number is its only one.
+    A corpus of a single document is cut in two: its tail, back to a line's start, is held out.
+    Empty documents are on neither side.
+    """
+
+    fraction: float
+    by: Literal["name", "content", "tail"]
+    only_validation: str | None = None
+    only_train: str | None = None
+
+    def divide(self, document: Document) -> tuple[str | None, str | None]:
+        """The text that goes to (training, validation); None where a side gets nothing."""
+        text = document.text
+        if not text:
+            return None, None
+        if self.by == "tail":
+            cut = _tail_start(text, self.fraction)
+            return text[:cut], text[cut:]
+        if self.only_validation is not None:
+            held_out = document.name == self.only_validation
+        elif self.only_train is not None:
+            held_out = document.name != self.only_train
+        else:
+            held_out = _score(document, self.by) < self.fraction
+        return (None, text) if held_out else (text, None)
+
+    def describe(self) -> dict[str, object]:
+        """What the manifest says about the split."""
+        if self.by == "tail":
+            rule = "the corpus is one document; its tail is held out"
+        elif self.only_validation is not None:
+            rule = f"by document; only {self.only_validation!r} is held out"
+        elif self.only_train is not None:
+            rule = f"by document; all but {self.only_train!r} are held out"
+        else:
+            rule = f"by document; held out where the hash of its {self.by} is below the fraction"
+        return {"fraction": self.fraction, "by": self.by, "rule": rule}
+
+
+@dataclass(frozen=True)
+class _Side:
+    documents: Iterable[Document]
+    splitter: Splitter
+    index: int
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            text = self.splitter.divide(document)[self.index]
+            if text is not None:
+                yield Document(document.name, text)
+
+
+def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
+    r"""A corpus by name (`stdlib`, `prose`) or by path.
+
+    A path is a text file, a JSONL file (`.jsonl`, `.jsonl.gz`; one object a line), a Parquet
+    file, or a folder of such files, searched recursively. Text must be UTF-8. A name wins over a
+    file of that name; write `./stdlib` for the file. Every file is read once here, for the
+    fingerprint.
+
+    Args:
+        name_or_path: What to load.
+        text_field: The field that holds the text of a JSONL or Parquet record.
+
+    Raises:
+        UnknownNameError: Neither a known name nor a path that exists.
+        DataError: Unreadable, empty or binary.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    if name_or_path in NAMES:
+        documents, fingerprint, skipped = NAMES[name_or_path]()
+        return Corpus(
+            name=name_or_path, documents=documents, fingerprint=fingerprint, skipped=skipped
+        )
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError:  # "~nobody/…": no such user
+        path = Path(name_or_path)
+    if not name_or_path or not sources.exists(path):
+        problem = unknown("corpus", name_or_path, NAMES)
+        raise UnknownNameError(f"{problem}; and there is no file or folder of that name")
+    found = sources.scan(path, text_field)
+    return Corpus(
+        # Names of files can be undecodable; the corpus's goes into JSON.
+        name=os.fsencode(path.resolve().name or "root").decode("utf-8", "replace"),
+        documents=found.documents,
+        fingerprint=found.fingerprint,
+        split_by="content" if found.has_records else "name",
+        skipped=found.skipped,
+    )
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise `ConfigError` unless 0 < fraction < 1."""
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(
+            f"validation_fraction={fraction!r} must lie strictly between 0 and 1, such as 0.05"
+        )
+
+
+def _score(document: Document, by: str) -> float:
+    key = document.name if by == "name" else document.text
+    digest = sha256(_SPLIT_SALT + key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64
+
+
+def _tail_start(text: str, fraction: float) -> int:
+    """Where the tail begins: `fraction` of the characters, or up to twice that to begin a line."""
+    length = max(1, min(len(text) - 1, round(len(text) * fraction)))
+    cut = len(text) - length
+    line = text.rfind("\n", 0, cut) + 1
+    return line if line > max(0, cut - length) else cut

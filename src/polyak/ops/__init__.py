@@ -1,0 +1,58 @@
+"""Numerics shared by the rules and the optimizers: a plain reference beside every fast form.
+
+`reference_forms()` makes every op use its plain equation instead of its fast form; both agree in
+value and gradient.
+"""
+
+from __future__ import annotations
+
+from polyak.ops.inverse_sqrt import gram_ema, inverse_sqrt_apply
+from polyak.ops.moments import ema, ema_square, rms_scale
+from polyak.ops.momentum import axpby, axpy, layer_norm, momentum_norm, scaled_norm_add
+from polyak.ops.newton_schulz import newton_schulz
+from polyak.ops.orthogonal import orthogonalize
+from polyak.ops.reference import (
+    axpby_reference,
+    axpy_reference,
+    ema_reference,
+    ema_square_reference,
+    gram_ema_reference,
+    inverse_sqrt_apply_reference,
+    layer_norm_reference,
+    momentum_norm_reference,
+    newton_schulz_reference,
+    orthogonalize_reference,
+    reference_forms,
+    rms_scale_reference,
+    scaled_norm_add_reference,
+    using_reference_forms,
+)
+
+__all__ = [
+    "axpby",
+    "axpby_reference",
+    "axpy",
+    "axpy_reference",
+    "ema",
+    "ema_reference",
+    "ema_square",
+    "ema_square_reference",
+    "gram_ema",
+    "gram_ema_reference",
+    "inverse_sqrt_apply",
+    "inverse_sqrt_apply_reference",
+    "layer_norm",
+    "layer_norm_reference",
+    "momentum_norm",
+    "momentum_norm_reference",
+    "newton_schulz",
+    "newton_schulz_reference",
+    "orthogonalize",
+    "orthogonalize_reference",
+    "reference_forms",
+    "rms_scale",
+    "rms_scale_reference",
+    "scaled_norm_add",
+    "scaled_norm_add_reference",
+    "using_reference_forms",
+]

@@ -1,0 +1,1 @@
+"""Comparing: plan, run, statistics, report."""

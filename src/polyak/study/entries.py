@@ -1,0 +1,142 @@
+"""Entries of a comparison: a rule with options in square brackets, as text and as a config.
+
+    gradient_descent
+    triple_momentum[stream_start=zeros]
+    gradient_descent[tie_embeddings=false, update_norm=layer]
+    path/to/my_rule.py:MyRule[d_model=160]
+
+Brackets set `ModelConfig` fields; a key that is no field but an option of the rule goes into
+`rule_options`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyak import rules
+from polyak.errors import ConfigError, unknown
+from polyak.nn.config import ModelConfig
+from polyak.rules._registry import source_of
+from polyak.settings import parse_free, replace_at
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is compared.
+
+    Attributes:
+        name: what tables show: the rule's short name and its brackets.
+        model: the resolved configuration.
+    """
+
+    name: str
+    model: ModelConfig
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a folder name."""
+        return re.sub(r"[^A-Za-z0-9_.=-]+", "_", self.name.replace("[", ".")).strip("_.")
+
+
+def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
+    """Read `--rules`: entries separated by commas, outside brackets.
+
+    Args:
+        text: for example `"gradient_descent,triple_momentum[stream_start=zeros]"`.
+        base: the model that every entry starts from.
+
+    Raises:
+        ConfigError: nothing to compare, a bracket is not closed, or an entry is named twice.
+        UnknownNameError: an unknown rule, field or option; the nearest is offered.
+    """
+    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    if not parts:
+        raise ConfigError("rules: nothing to compare; name at least one rule")
+    entries = tuple(parse_entry(part, base) for part in parts)
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.name in seen:
+            raise ConfigError(f"rules: {entry.name!r} is named twice; remove one")
+        seen.add(entry.name)
+    return entries
+
+
+def parse_entry(text: str, base: ModelConfig) -> Entry:
+    """One entry; see `parse_entries`."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", text)
+    if match is None:
+        raise ConfigError(f"rules: cannot read {text!r}; write rule or rule[key=value,...]")
+    rule, brackets = match[1].strip(), match[2] or ""
+    source = source_of(rule)
+    if source is not None:
+        rule = f"{source}:{rule.rpartition(':')[2]}"  # absolute, for other processes
+    options = rules.get(rule).resolve({})
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    settings: dict[str, str] = {}
+    rule_options = dict(base.rule_options)
+    for assignment in filter(None, (part.strip() for part in brackets.split(","))):
+        key, equals, value = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            raise ConfigError(f"rules: {assignment!r} in {text!r} has no '='; write key=value")
+        if key in fields and key != "rule":
+            settings[key] = value
+        elif (option := key.removeprefix("rule_options.")) in _all_options(rule, options):
+            rule_options[option] = parse_free(value)
+        else:
+            known = [*fields, *_all_options(rule, options)]
+            raise unknown(f"field or option in {text!r}:", key, known)
+    model = dataclasses.replace(base, rule="gradient_descent", rule_options={}, stream_start=None)
+    start = settings.pop("stream_start", base.stream_start)
+    for key, value in settings.items():
+        model = replace_at(model, key, value)
+    if start is not None and str(start).lower() == "none":
+        start = None
+    model = dataclasses.replace(
+        model,
+        rule=rule,
+        rule_options=rule_options,
+        stream_start=start,  # type: ignore[arg-type]
+    )
+    return Entry(_label(rule, brackets), model)
+
+
+def _all_options(rule: str, resolved: dict[str, object]) -> list[str]:
+    return sorted({*resolved, *rules.get(rule).scalars})
+
+
+def _label(rule: str, brackets: str) -> str:
+    name = rules.get(rule).name if ":" in rule else rule
+    inside = ",".join(part.strip() for part in brackets.split(",") if part.strip())
+    return f"{name}[{inside}]" if inside else name
+
+
+def widened(baseline: Entry, target: int) -> Entry:
+    """The baseline at the width whose parameter count is nearest to `target`.
+
+    Widths are multiples of the number of heads; depth and heads stay.
+    """
+    from polyak.nn.cost import cost
+
+    heads = baseline.model.num_heads
+
+    def at(multiple: int) -> ModelConfig:
+        return dataclasses.replace(baseline.model, d_model=multiple * heads)
+
+    multiple = baseline.model.d_model // heads
+    while cost(at(multiple + 1)).total_parameters <= target:
+        multiple += 1
+    best = min((multiple, multiple + 1), key=lambda m: abs(cost(at(m)).total_parameters - target))
+    model = at(best)
+    return Entry(_label_with(baseline.name, f"d_model={model.d_model}"), model)
+
+
+def _label_with(name: str, option: str) -> str:
+    return f"{name[:-1]},{option}]" if name.endswith("]") else f"{name}[{option}]"
+
+
+def rule_file(entry: Entry) -> Path | None:
+    """The user's file that defines the entry's rule, if it is in one."""
+    return source_of(entry.model.rule)

@@ -1,0 +1,1 @@
+"""Training: configuration, optimizers, schedule, the loop, metrics and run folders."""

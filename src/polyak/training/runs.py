@@ -1,0 +1,243 @@
+"""Run folders: what one training run leaves behind, and how it is read again.
+
+run.json        resolved settings, fingerprints, versions, hardware; written first
+metrics.jsonl   one line per logged step and per validation
+model/          config.json, model.safetensors, tokenizer.json
+result.json     how the run ended; written last, so a run without it did not finish
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak.errors import RunError
+from polyak.files import make_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from polyak.data.tokenizers import Tokenizer
+    from polyak.nn.transformer import Transformer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """`run.json`."""
+        return self.path / "run.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """`metrics.jsonl`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        """`result.json`."""
+        return self.path / "result.json"
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Start the run afresh: write `run.json`, clear what an unfinished attempt left.
+
+        Raises:
+            RunError: the folder cannot be written, or holds a run with other settings.
+        """
+        make_folder(self.path)
+        self.check(settings)
+        self.result_file.unlink(missing_ok=True)
+        self.metrics_file.unlink(missing_ok=True)
+        write_json(
+            self.settings_file,
+            {"format": FORMAT, "settings": settings, "environment": environment()},
+        )
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse a folder whose run has other settings.
+
+        Raises:
+            RunError: naming up to four settings that differ, with both values.
+        """
+        if not self.settings_file.exists():
+            return
+        recorded = read_json(self.settings_file).get("settings", {})
+        differences = list(_differences(recorded, json.loads(json.dumps(settings))))
+        if differences:
+            shown = "; ".join(differences[:4]) + (" …" if len(differences) > 4 else "")
+            raise RunError(
+                f"{self.path} holds a run with other settings ({shown}); "
+                "choose another --out, or remove that folder"
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended, or None if it did not."""
+        if not self.result_file.exists():
+            return None
+        result: dict[str, Any] = read_json(self.result_file)
+        return result
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The metrics so far, all or of one kind (`train`, `validation`), in order of step.
+
+        A last line cut short by a kill is left out.
+        """
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = json.loads(line)
+                if kind is None or row["kind"] == kind:
+                    rows.append(row)
+        return rows
+
+
+def _differences(recorded: Any, wanted: Any, name: str = "") -> Any:
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        for key in sorted({*recorded, *wanted}):
+            yield from _differences(
+                recorded.get(key), wanted.get(key), f"{name}.{key}" if name else key
+            )
+    elif recorded != wanted:
+        yield f"{name}: {recorded!r} there, {wanted!r} now"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    from importlib.metadata import version
+
+    import numpy
+    import torch
+
+    import polyak
+
+    return {
+        "versions": {
+            "polyak": polyak.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "tokenizers": version("tokenizers"),
+        },
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, memory, system and accelerator."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "memory_bytes": _memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+def available_cores() -> int:
+    """Cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest memory this process has held: allocated on CUDA, else resident; None if unknown."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write configuration, weights (tied ones once) and tokenizer into `folder`.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    from polyak.files import write_atomic
+
+    make_folder(folder)
+    weights = {
+        name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()
+    }
+    tokenizer.save(folder)
+    write_json(folder / "config.json", {"polyak": model.config.to_dict()})
+    write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+
+
+def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
+    """Load a finished run.
+
+    Args:
+        folder: the run's folder, as written by `polyak train` or `polyak compare`.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        RunError: not a run folder, not finished, or its weights do not fit its configuration.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from polyak.data.tokenizers import load_tokenizer
+    from polyak.nn.config import ModelConfig
+    from polyak.nn.transformer import Transformer
+
+    model_folder = Path(folder) / "model"
+    if not (model_folder / "model.safetensors").exists():
+        what = "has no finished model" if (Path(folder) / "run.json").exists() else "is not a run"
+        raise RunError(f"{folder} {what}: model/model.safetensors is missing")
+    config = ModelConfig.from_dict(read_json(model_folder / "config.json")["polyak"])
+    model = Transformer(config)
+    try:
+        weights = load_file(model_folder / "model.safetensors")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise RunError(f"{model_folder / 'model.safetensors'} cannot be loaded: {error}") from error
+    wrong = unexpected + [name for name in missing if name in dict(model.named_parameters())]
+    if wrong:
+        raise RunError(f"{model_folder}: weights do not fit config.json ({', '.join(wrong[:3])})")
+    return model.eval(), load_tokenizer(model_folder)

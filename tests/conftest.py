@@ -1,0 +1,70 @@
+"""Shared by every test: one thread, fixed seeds, and tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from polyak import ModelConfig, Transformer
+from polyak.rules import UpdateRule, _registry, register
+
+Build = Callable[..., Transformer]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., ModelConfig]:
+    """A small configuration; every field can be set."""
+
+    def build(rule: str, **fields: Any) -> ModelConfig:
+        small = {
+            "num_layers": 2,
+            "num_heads": 3,
+            "d_model": 12,
+            "vocab_size": 11,
+            "context_length": 7,
+        }
+        return ModelConfig(rule=rule, **{**small, **fields})
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Callable[..., ModelConfig]) -> Build:
+    """A small float64 model with every scalar and norm weight off its initial value."""
+
+    def build(rule: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Transformer:
+        model = Transformer(tiny_config(rule, **fields)).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # large enough that attention, GELU and the lookahead are far from linear
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return build
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[str, type[UpdateRule]], str]]:
+    """Registers a rule for one test: `registered("mine", Mine)` returns its name."""
+    before = dict(_registry._registered)
+
+    def add(name: str, rule: type[UpdateRule]) -> str:
+        register(name)(rule)
+        return name
+
+    yield add
+    _registry._registered.clear()
+    _registry._registered.update(before)

@@ -1,0 +1,62 @@
+"""torch.compile changes nothing but speed.
+
+Every rule is captured into graphs, forward and backward, by the ahead-of-time tracer; a few are
+compiled to native code in every run, the rest where `slow` tests run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from polyak import Transformer, rules
+
+IN_EVERY_RUN = ("gradient_descent", "triple_momentum")
+Build = Callable[..., Transformer]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def check(rule: str, backend: str, tiny_model: Build, dtype: torch.dtype, limit: float) -> None:
+    model = tiny_model(rule, dtype=dtype)
+    block = model.blocks[0]
+    compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=False)
+    x, state = model.start(torch.randint(11, (2, 7)))
+
+    def run(call: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> list[Tensor]:
+        y, after = call(x, state)
+        total = sum(((out * out).sum() for out in after), (y**3).sum())
+        parameters = list(block.parameters())
+        grads = torch.autograd.grad(total, parameters, retain_graph=True)
+        return [y.detach(), *(out.detach() for out in after), *grads]
+
+    for eager, fast in zip(run(block), run(compiled), strict=True):
+        assert (eager - fast).abs().max() <= limit * max(1.0, float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("rule", rules.names())
+def test_a_block_captured_into_one_graph_is_the_same_function(
+    rule: str, tiny_model: Build
+) -> None:
+    check(rule, "aot_eager", tiny_model, torch.float64, 1e-10)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs g++")
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(rule, marks=() if rule in IN_EVERY_RUN else pytest.mark.slow)
+        for rule in rules.names()
+    ],
+)
+def test_a_compiled_block_is_the_same_function(rule: str, tiny_model: Build) -> None:
+    check(rule, "inductor", tiny_model, torch.float32, 1e-4)
