@@ -14,6 +14,12 @@ from polyak.rules import UpdateRule, _registry, register
 Build = Callable[..., Transformer]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave `slow` tests out unless `-m` says which to run (`-m "slow or not slow"`: all)."""
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -135,12 +135,16 @@ def _prose_of(source: Document) -> Iterator[Document]:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes in the order of the source (`ast.walk` goes level by level)."""
+    """All statements in the order of the source (`ast.walk` goes level by level)."""
     waiting = [node]
     while waiting:
         node = waiting.pop()
         yield node
-        waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+        waiting.extend(
+            child
+            for child in reversed(list(ast.iter_child_nodes(node)))
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+        )
 
 
 def _topics(tree: ast.Module) -> dict[str, str]:

@@ -75,6 +75,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # drawn before the modules are built, which draw too, and not equally for all rules
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
         self.embedding = Embedding(config)
         self.streams = nn.ModuleDict(
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.init_weights()
+        self.init_weights(seed)
         if config.tie_embeddings:
             self.head.weight = self.embedding.tokens.weight
 
@@ -96,17 +98,28 @@ class Transformer(nn.Module):
         """The class of the model's update rule."""
         return rules.get(self.config.rule)
 
-    def init_weights(self) -> None:
-        """Draw every weight anew from torch's default generator (see the class docstring)."""
+    def init_weights(self, seed: int | None = None) -> None:
+        """Draw every weight anew (see the class docstring).
+
+        Tables of auxiliary streams are drawn last, so that with one seed the weights that two
+        rules have in common start equal. Draws are made on the CPU: the device changes nothing.
+
+        Args:
+            seed: of the draws; None takes one from torch's default generator.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
-        for name, module in self.named_modules():
+        modules = sorted(self.named_modules(), key=lambda named: named[0].startswith("streams."))
+        for name, module in modules:
             if isinstance(module, nn.Linear):
                 std = residual if name.endswith((".out", ".down")) else 0.02
-                nn.init.normal_(module.weight, std=std)
+                _draw_normal(module.weight, std, generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                _draw_normal(module.weight, 0.02, generator)
 
     def start(self, input_ids: Tensor) -> tuple[Tensor, State]:
         """x (B, T, d) and the rule's streams before the first block, from ids (B, T)."""
@@ -150,6 +163,12 @@ class Transformer(nn.Module):
         if stream.start == "embedding":  # the control: no tables of its own
             return torch.zeros_like(x)
         return stream.constant(x, self.config.num_heads)
+
+
+def _draw_normal(weight: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    if not weight.is_meta:
+        with torch.no_grad():
+            weight.copy_(std * torch.randn(weight.shape, generator=generator))
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -6,7 +6,8 @@ value and gradient.
 
 from __future__ import annotations
 
-from polyak.ops.inverse_sqrt import gram_ema, inverse_sqrt_apply
+from polyak.ops.gram import gram_ema
+from polyak.ops.inverse_sqrt import inverse_sqrt_apply
 from polyak.ops.moments import ema, ema_square, rms_scale
 from polyak.ops.momentum import axpby, axpy, layer_norm, momentum_norm, scaled_norm_add
 from polyak.ops.newton_schulz import newton_schulz

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 # Longest run that one fp32 dot product sums, so that its rounding error stays near 1e-6 even
@@ -57,3 +58,41 @@ def by_tokens(
     slices = zip(*(t.split(tokens) for t in tensors), strict=True)
     parts = zip(*(function(*part) for part in slices), strict=True)
     return tuple(torch.cat(part) for part in parts)
+
+
+def zero_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
+    """The tangent, or zeros where forward mode passed none."""
+    return torch.zeros_like(like) if tangent is None else tangent
+
+
+@contextmanager
+def forward_mode(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The saved tensors' primal values, with forward mode on, for use inside `Function.jvp`.
+
+    torch switches forward mode off inside `jvp`, for every nested level and not only the one
+    being computed, so jacfwd(jacfwd(f)) would silently lose the outer tangents (torch 2.13).
+    With the level's own tangents stripped, switching it on again is safe.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(forward_ad.unpack_dual(t).primal for t in saved)
+
+
+def pushforward(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Any:
+    """The derivative of `function` along `tangents`, as two reverse passes.
+
+    torch.func.jvp cannot be called inside `Function.jvp`: dual levels do not nest.
+    """
+    outputs, pull = torch.func.vjp(function, *primals)
+    zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
+    _, push = torch.func.vjp(pull, zeros)
+    return push(tangents)[0]
+
+
+def in_legacy_vmap(*tensors: Tensor) -> bool:
+    """Whether a tensor is batched by `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    That older vmap knows neither `Function.vmap` nor operations with `out=`.
+    """
+    return any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)

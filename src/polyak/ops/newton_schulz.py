@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyak.ops.autograd import batch_first, full_precision, symmetric
+from polyak.ops.autograd import (
+    batch_first,
+    forward_mode,
+    full_precision,
+    pushforward,
+    symmetric,
+    zero_if_none,
+)
 from polyak.ops.reference import (
     NEWTON_SCHULZ_COEFFICIENTS,
     NEWTON_SCHULZ_EPS,
@@ -37,13 +44,13 @@ def newton_schulz(y: Tensor, steps: int = 5) -> Tensor:
     `steps` is.  16-bit inputs are computed in float32.
     Source: the Muon optimizer's iteration (Jordan et al., 2024), per token as in arXiv 2605.24425.
     """
+    assert steps >= 1, "Newton–Schulz needs at least one iteration"
     if using_reference_forms():
         return newton_schulz_reference(y, steps)
     with full_precision(y.device):
         wide = y if y.shape[-2] <= y.shape[-1] else y.transpose(-2, -1)
-        if y.dtype in (torch.bfloat16, torch.float16):
-            wide = wide.float()
-        flat = wide.reshape(-1, *wide.shape[-2:])
+        working = torch.promote_types(y.dtype, torch.float32)
+        flat = wide.to(working).reshape(-1, *wide.shape[-2:])
         result: Tensor = _NewtonSchulz.apply(flat, steps).reshape(wide.shape)
         return (result if wide.shape == y.shape else result.transpose(-2, -1)).to(y.dtype)
 
@@ -56,7 +63,7 @@ def newton_schulz_flops(heads: int, head_dim: int, steps: int = 5) -> tuple[int,
     small, large = sorted((heads, head_dim))
     gram = max(small, _SMALLEST_GRAM) ** 3
     thin = small * small * large
-    forward = 2 * thin + (4 * steps - 3) * gram if steps else 0
+    forward = 2 * thin + (4 * steps - 3) * gram
     backward = 4 * thin + (12 * steps - 9) * gram
     return 2 * forward, 2 * backward
 
@@ -81,11 +88,7 @@ class _NewtonSchulz(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (y,) = ctx.saved_tensors
-        import torch.autograd.forward_ad as fwAD
-
-        y = fwAD.unpack_dual(y).primal
-        with fwAD._set_fwd_grad_enabled(True):
+        with forward_mode(*ctx.saved_tensors) as (y,):
             return _jvp(y, tangent, ctx.steps)
 
     @staticmethod
@@ -118,14 +121,11 @@ class _NewtonSchulzVjp(torch.autograd.Function):
         return *pull(cotangent), None
 
     @staticmethod
-    def jvp(ctx: Any, y_tangent: Tensor, grad_tangent: Tensor, _: None) -> Tensor:
-        y, grad = ctx.saved_tensors
-        tangents = (_zero_if_none(y_tangent, y), _zero_if_none(grad_tangent, grad))
-        # Forward mode by two reverse modes, since torch does not nest dual levels.
-        _, pull = torch.func.vjp(lambda y, grad: _vjp(y, grad, ctx.steps), y, grad)
-        _, push = torch.func.vjp(pull, torch.zeros_like(y))
-        result: Tensor = push(tangents)[0]
-        return result
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        with forward_mode(*ctx.saved_tensors) as primals:
+            filled = tuple(zero_if_none(t, p) for t, p in zip(tangents, primals, strict=False))
+            result: Tensor = pushforward(lambda *p: _vjp(*p, ctx.steps), primals, filled)
+            return result
 
     @staticmethod
     def vmap(
@@ -134,10 +134,6 @@ class _NewtonSchulzVjp(torch.autograd.Function):
         y, grad = batch_first(info.batch_size, in_dims, y, grad)
         flat = _NewtonSchulzVjp.apply(y.flatten(0, 1), grad.flatten(0, 1), steps)
         return flat.unflatten(0, y.shape[:2]), 0
-
-
-def _zero_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

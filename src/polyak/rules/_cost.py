@@ -28,6 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from polyak import ops
 from polyak.errors import RuleError
+from polyak.ops.inverse_sqrt import inverse_sqrt_apply_flops
+from polyak.ops.newton_schulz import newton_schulz_flops
 
 if TYPE_CHECKING:
     from polyak.rules._base import UpdateRule
@@ -98,20 +100,22 @@ def layer_norm_elements(width: int, bias: bool = False) -> int:
     return (5 if bias else 4) * width + 4
 
 
-def newton_schulz_cost(heads: int, head_dim: int, steps: int = 5) -> StepCost:
+def newton_schulz_cost(heads: int, head_dim: int) -> StepCost:
     """`ops.newton_schulz` of one token's (H, D) matrix."""
-    d, gram = heads * head_dim, head_dim * head_dim
+    d, gram, steps = heads * head_dim, head_dim * head_dim, 5
+    # normalising: 2d + 3; an iteration: aY, bA, cA², their sum, Y + …
     elements = 2 * d + 3 + steps * (2 * d + 3 * gram)
-    forward = steps * (2 * heads * gram + 2 * head_dim * gram + 2 * heads * gram)
-    return StepCost(elements, forward, 2 * forward)
+    return StepCost(elements, *newton_schulz_flops(heads, head_dim, steps))
 
 
-def shampoo_cost(heads: int, head_dim: int, steps: int = 10) -> StepCost:
-    """`ops.gram_ema` and `ops.inverse_sqrt_apply` of one token's (H, D) and (D, D) matrices."""
-    gram = head_dim * head_dim
-    elements = 3 * gram + 3 * gram + 2 * steps * gram + heads * head_dim + 3
-    forward = 4 * heads * gram + steps * 3 * 2 * head_dim * gram
-    return StepCost(elements, forward, 2 * forward)
+def shampoo_cost(heads: int, head_dim: int) -> StepCost:
+    """`ops.gram_ema`, then `ops.inverse_sqrt_apply`, of one token's (H, D) and (D, D) matrices."""
+    d, gram, steps = heads * head_dim, head_dim * head_dim, 10
+    # the average: 3 D²; R', its square and R'/n: 3 D² + 3; an iteration: 3I − …, ½X; result: d
+    elements = 3 * gram + 3 * gram + 3 + steps * 2 * gram + d
+    forward, backward = inverse_sqrt_apply_flops(heads, head_dim, steps)
+    product = 2 * heads * gram  # GᵀG; backward, one product for each G
+    return StepCost(elements, product + forward, 2 * product + backward)
 
 
 def measure(

@@ -1,92 +1,41 @@
-"""Figures of a comparison: inline SVG that follows the page's colours, and one PNG.
+"""Figures of a comparison: one function per panel, each drawing on given axes.
 
-Every figure is drawn once, in stand-in colours. For the page these become CSS variables, so one
-SVG serves light and dark; for the PNG they are the light palette itself. Text stays text, in the
-page's font. Rules differ by colour, dash and marker, so that no reading hangs on colour alone.
+A panel returns False where the results hold nothing to draw yet. `all_figures` makes the page's
+SVGs, `picture` the README's PNG.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from polyak.study.statistics import Array
+from polyak.study.svg import LIGHT, PALETTE, Style, color, house_style, styles, to_svg
 
-# role: (light, dark); contrast with the surface at least 3:1 for marks and 4.5:1 for text
-PALETTE = {
-    "ink": ("#1b1f24", "#e7e9ec"),
-    "muted": ("#57606a", "#a3abb5"),
-    "grid": ("#e3e6ea", "#30363d"),
-    "surface": ("#ffffff", "#14171b"),
-    "series-1": ("#0b62a4", "#6db3f2"),
-    "series-2": ("#c1440e", "#ff8a5c"),
-    "series-3": ("#1b7f5c", "#4fd0a0"),
-    "series-4": ("#9a3d8f", "#e08ad6"),
-    "series-5": ("#966200", "#e6b450"),
-    "series-6": ("#2a86c0", "#9bd8ff"),
-    "series-7": ("#7a1f3d", "#f08aa8"),
-}
-STAND_IN = {role: f"#0102{index:02x}" for index, role in enumerate(PALETTE)}
-SERIES = [role for role in PALETTE if role.startswith("series")]
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
-MARKERS = "sD^vPX*hp<>"
 SIZE = (5.0, 3.6)  # inches of 72 units: 360 wide, so that a phone shows text at its true size
-START = 0.1  # of training is left out of the loss axis: it would flatten all that matters
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How one entry is drawn everywhere: a palette role, a dash pattern and a marker."""
-
-    role: str
-    dash: tuple[float, ...]
-    marker: str
-
-    @property
-    def color(self) -> str:
-        """The stand-in colour to draw with."""
-        return STAND_IN[self.role]
-
-    @property
-    def line(self) -> Any:
-        """Matplotlib's linestyle."""
-        return (0, self.dash) if self.dash else "solid"
-
-
-def styles(results: Mapping[str, Any]) -> dict[str, Style]:
-    """Styles by entry; the baseline is ink, solid, with a round marker."""
-    chosen, others = {}, 0
-    for entry in results["entries"]:
-        if entry["name"] == results["baseline"]:
-            chosen[entry["name"]] = Style("ink", (), "o")
-            continue
-        # seven colours and four dashes: 28 entries before a line repeats
-        dash = DASHES[(others + others // len(SERIES)) % len(DASHES)]
-        chosen[entry["name"]] = Style(
-            SERIES[others % len(SERIES)], dash, MARKERS[others % len(MARKERS)]
-        )
-        others += 1
-    return chosen
-
-
-def css() -> dict[str, str]:
-    """The palette as CSS declarations, `light` and `dark`."""
-    return {
-        name: " ".join(f"--{role}: {colors[i]};" for role, colors in PALETTE.items())
-        for i, name in enumerate(("light", "dark"))
-    }
+START = 0.35  # of training is left out of the loss axes: it would flatten all that matters
+GREEK = dict(
+    alpha="α",
+    beta="β",
+    gamma="γ",
+    delta="δ",
+    epsilon="ε",
+    eta="η",
+    theta="θ",
+    kappa="κ",
+    lam="λ",
+    mu="μ",
+    nu="ν",
+    rho="ρ",
+    tau="τ",
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,7 +118,8 @@ def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
     values = np.concatenate([y for y in late if len(y)])
     margin = 0.04 * (values.max() - values.min() or 1)
     axes.set_ylim(values.min() - margin, values.max() + margin)
-    axes.set_xlim(0, largest / scale * 1.02)
+    shortest = min(float(x[-1]) for curves in drawn.values() for x, _ in curves)
+    axes.set_xlim(0.85 * START * shortest / scale, 1.02 * largest / scale)
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats/token)")
     return True
@@ -193,7 +143,7 @@ def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
         return False
     largest = max(float(x[-1]) for curves in drawn.values() for x, _ in curves)
     scale, label = _scale("tokens", largest)
-    axes.axhline(0, color=STAND_IN["ink"], linewidth=1.2)
+    axes.axhline(0, color=color("ink"), linewidth=1.2)
     for name, curves in drawn.items():
         _draw(axes, chosen[name], curves, scale)
     late = np.concatenate([y[x >= 2 * START * x[-1]] for c in drawn.values() for x, y in c])
@@ -216,7 +166,7 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
     rows = [entry for entry in results["entries"] if entry.get("difference")]
     if not rows:
         return False
-    axes.axvline(0, color=STAND_IN["ink"], linewidth=1.2, zorder=1)
+    axes.axvline(0, color=color("ink"), linewidth=1.2, zorder=1)
     for row, entry in enumerate(rows):
         gap, style = entry["difference"], chosen[entry["name"]]
         resolved = gap["verdict"] in ("better", "worse")
@@ -228,7 +178,7 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
             marker=style.marker,
             markersize=7,
             color=style.color,
-            markerfacecolor=style.color if resolved else STAND_IN["surface"],
+            markerfacecolor=style.color if resolved else color("surface"),
             markeredgewidth=1.5,
         )
         axes.annotate(
@@ -236,8 +186,9 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
             (0, row - 0.28),
             xycoords=("axes fraction", "data"),
             va="bottom",
-            fontsize=10,
-            color=STAND_IN["ink"],
+            fontsize="small",
+            color=color("ink"),
+            bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
         )
     axes.set_ylim(len(rows) - 0.5, -0.95)
     axes.set_yticks([])
@@ -273,7 +224,7 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
         points.sort()
         x, y, position_of = (np.asarray(column) for column in zip(*points, strict=True))
         axes.plot(x, y, color=style.color, linestyle=style.line, linewidth=1.2)
-        for position, face in ((0, style.color), (1, STAND_IN["surface"])):
+        for position, face in ((0, style.color), (1, color("surface"))):
             at = position_of == position
             axes.plot(
                 x[at],
@@ -286,8 +237,16 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
             )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 8) or 1))
     axes.set_xlabel("layer")
-    axes.set_ylabel(name)
+    axes.set_title(symbol(name), loc="left", fontsize="medium")
     return layers > 0
+
+
+def symbol(name: str) -> str:
+    """`beta_1` as `β₁ (beta_1)`; names that are not Greek as they are."""
+    stem, _, index = name.partition("_")
+    if stem not in GREEK or not (index.isdigit() or not index):
+        return name
+    return f"{GREEK[stem]}{index.translate(str.maketrans('0123456789', '₀₁₂₃₄₅₆₇₈₉'))} ({name})"
 
 
 def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
@@ -324,67 +283,14 @@ def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# To SVG and PNG
-
-
-@contextmanager
-def _house_style(size: float = 11.0) -> Iterator[None]:
-    settings = {
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so layout is the same everywhere
-        "font.size": size,
-        "axes.labelsize": size,
-        "axes.labelcolor": STAND_IN["muted"],
-        "axes.edgecolor": STAND_IN["muted"],
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": STAND_IN["grid"],
-        "grid.linewidth": 0.8,
-        "xtick.color": STAND_IN["muted"],
-        "ytick.color": STAND_IN["muted"],
-        "text.color": STAND_IN["ink"],
-        "axes.formatter.useoffset": False,
-        "axes.unicode_minus": True,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "polyak",
-        "mathtext.default": "regular",
-    }
-    with mpl.rc_context(settings):
-        yield
-
-
-def to_svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element for a page: titled, in CSS variables, ids made unique."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for role, color in STAND_IN.items():
-        text = text.replace(color, f"var(--{role})")
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
-    text = re.sub(r"font: ([\d.]+)px inherit", r"font-size: \1px", text)
-    text = re.sub(r"\bid=\"", f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r"href=\"#", f'href="#{name}-', text)
-    width, height = (72 * x for x in figure.get_size_inches())
-    opening = (
-        f'<svg class="figure" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'aria-labelledby="{name}-title"><title id="{name}-title">{escape(title)}</title>'
-    )
-    return opening + text[text.index(">") + 1 :]
+# All of them
 
 
 def single(
     name: str, title: str, draw: Callable[[Axes], bool], size: tuple[float, float] = SIZE
 ) -> str | None:
     """One panel as SVG; None if `draw` found nothing to draw."""
-    with _house_style():
+    with house_style(11):
         figure = Figure(figsize=size, layout="constrained")
         if not draw(figure.subplots()):
             return None
@@ -426,44 +332,10 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, str]:
     return {name: svg for name, svg in made.items() if svg}
 
 
-def key(style: Style) -> str:
-    """A short sample of an entry's line and marker, for legends and table rows."""
-    with _house_style():
-        figure = Figure(figsize=(0.42, 0.17))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.plot([0, 1], [0, 0], color=style.color, linestyle=style.line, linewidth=1.8)
-        axes.plot([0.5], [0], color=style.color, marker=style.marker, markersize=6)
-        axes.set_xlim(0, 1)
-        text = to_svg(figure, f"key-{style.role}-{style.marker}", "")
-    text = re.sub(r"<title.*?</title>", "", text)
-    return re.sub(
-        r'class="figure"(.*?) role="img"(.*?) aria-labelledby="[^"]*"',
-        r'class="key"\1 aria-hidden="true"\2',
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def _in_light(figure: Figure) -> None:
-    """Replace stand-in colours by the light palette's."""
-    real = {STAND_IN[role]: light for role, (light, _) in PALETTE.items()}
-
-    def swap(artist: Any, kind: str) -> None:
-        getter = getattr(artist, f"get_{kind}", None)
-        color = getter() if getter else None
-        if isinstance(color, str) and color in real:
-            getattr(artist, f"set_{kind}")(real[color])
-
-    for artist in figure.findobj():
-        for kind in ("color", "markerfacecolor", "markeredgecolor"):
-            swap(artist, kind)
-
-
 def picture(results: Mapping[str, Any]) -> bytes:
     """Loss, difference and interval panels side by side as a PNG, in the light palette."""
     rows = sum(bool(entry.get("difference")) for entry in results["entries"])
-    with _house_style(9.5):
+    with house_style(9.5, LIGHT):
         figure = Figure(figsize=(12.5, max(3.4, 0.9 + 0.36 * rows)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[call-arg, union-attr]
         panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
@@ -474,7 +346,6 @@ def picture(results: Mapping[str, Any]) -> bytes:
         ]
         for axes, any_ in zip(panels, found, strict=True):
             axes.set_visible(any_)
-        _in_light(figure)
         stream = io.BytesIO()
         figure.savefig(
             stream,

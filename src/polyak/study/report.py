@@ -7,6 +7,7 @@ after every run, so it copes with whatever is not there yet.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,17 +17,19 @@ import jinja2
 from markupsafe import Markup, escape
 
 from polyak.files import write_atomic
-from polyak.study import figures
-from polyak.study.table import (
+from polyak.study import figures, svg
+from polyak.study.words import (
     NONE,
     compact,
     difference_text,
+    fixed,
     interval_text,
+    listed,
     loss_places,
     mean_and_sd,
     memory,
+    plural,
 )
-from polyak.study.verdict import fixed, listed, plural
 
 
 @lru_cache
@@ -51,17 +54,16 @@ def _environment() -> jinja2.Environment:
         scalar=scalar,
         zip=zip,
     )
-    environment.globals.update(NONE=NONE, palette=figures.css())
+    environment.globals.update(NONE=NONE, palette=svg.css())
     return environment
 
 
-def breakable(name: str) -> Markup:
-    """A name that may wrap after brackets, underscores, slashes and colons, and nowhere else."""
-    escaped = str(escape(name))
-    for sign in "_/:,=":
+def breakable(text: str) -> Markup:
+    """Text whose long names wrap where their parts meet; options stay together if they fit."""
+    escaped = str(escape(text))
+    for sign in "_/:=":
         escaped = escaped.replace(sign, f"{sign}<wbr>")
-    escaped = escaped.replace("[", "<wbr>[")
-    return Markup(escaped)
+    return Markup(re.sub(r"(\[[^\]]*\])", r'<span class="options">\1</span>', escaped))
 
 
 def scalar(value: Any) -> str:
@@ -88,7 +90,7 @@ def render(results: Mapping[str, Any]) -> str:
         results: a comparison in results.json's schema; runs may be missing, running or failed.
     """
     entries = results["entries"]
-    keys = {name: Markup(figures.key(s)) for name, s in figures.styles(results).items()}
+    keys = {name: Markup(svg.key(s)) for name, s in svg.styles(results).items()}
     scalars = figures.scalar_names(results)
     sweeps = [entry for entry in entries if entry.get("sweep")]
     settings = {k: v for k, v in results["settings"].items() if k not in ("model", "training")}

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from polyak.study.dunnett import LEVEL, Array
 from polyak.study.statistics import (
-    LEVEL,
     POWER,
-    Array,
     Differences,
     as_dict,
     differences,
@@ -24,6 +23,7 @@ from polyak.study.statistics import (
     separated,
     summary,
 )
+from polyak.study.words import fixed, listed, plural, shown
 
 BUDGETS = {
     "tokens": "at equal tokens",
@@ -138,48 +138,6 @@ def _statistics(compared: Differences | None) -> dict[str, Any] | None:
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# Words
-
-
-def decimals(half_width: float | None, *numbers: float) -> int:
-    """Decimals that show two digits of the half-width and turn no non-zero bound into zero."""
-    places = 3
-    if half_width and math.isfinite(half_width):
-        places = min(max(1 - math.floor(math.log10(half_width)), 3), 6)
-    smallest = min((abs(x) for x in numbers if x), default=1.0)
-    while places < 6 and round(smallest, places) == 0:
-        places += 1
-    return places
-
-
-def shown(difference: Mapping[str, Any]) -> int:
-    """Decimals for one difference and its interval."""
-    low, high = difference["low"], difference["high"]
-    if low is None:
-        return 3 if abs(difference["mean"]) >= 0.001 else 4
-    bounds = (low, high) if difference["verdict"] != "unresolved" else ()
-    return decimals((high - low) / 2, *bounds)
-
-
-def fixed(value: float, places: int) -> str:
-    """A number with a true minus sign, and no negative zero."""
-    text = f"{value:.{places}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", "−")
-
-
-def listed(words: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def plural(count: int, word: str) -> str:
-    """`1 seed`, `3 seeds`."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
 def verdict(results: Mapping[str, Any], table: Array, seeds: Sequence[int]) -> dict[str, Any]:
     """`{"sentence": ..., "details": [...]}` from entries whose differences are filled in."""
     baseline = results["baseline"]
@@ -211,8 +169,8 @@ def verdict(results: Mapping[str, Any], table: Array, seeds: Sequence[int]) -> d
             _single(with_interval[0], baseline) if one else _several(with_interval, baseline)
         )
         if not one:
-            details = [_among_better(results, table)] + details
-            details += [_entry_detail(entry, baseline) for entry in with_interval]
+            details = [_among_better(results, table), *details]
+            details += [_unresolved(entry) for entry in with_interval]
     failed = sum(run["status"] == "failed" for run in results["runs"])
     if failed:
         sentence = f"{sentence[:-1]}; {failed} of {plural(len(results['runs']), 'run')} failed."
@@ -304,15 +262,11 @@ def _among_better(results: Mapping[str, Any], table: Array) -> str:
     )
 
 
-def _entry_detail(entry: Mapping[str, Any], baseline: str) -> str:
+def _unresolved(entry: Mapping[str, Any]) -> str:
     gap = entry["difference"]
-    mean = fixed(gap["mean"], shown(gap))
-    words = {
-        "better": f"below {baseline}",
-        "worse": f"above {baseline}",
-        "unresolved": f"not told apart from {baseline}; {_needs(gap)}",
-    }
-    return f"{entry['name']}: {mean} nats/token ({_interval(gap)}), {words[gap['verdict']]}."
+    if gap["verdict"] != "unresolved":
+        return ""
+    return f"{entry['name']}: {fixed(gap['mean'], shown(gap))} ({_interval(gap)}); {_needs(gap)}."
 
 
 def _absences(results: Mapping[str, Any]) -> list[str]:
