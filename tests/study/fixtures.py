@@ -22,7 +22,7 @@ SCALARS = {
     "nesterov": ("mu", "beta", "gamma"),
     "triple_momentum": ("mu", "beta", "gamma", "nu"),
     "triple_momentum[stream_start=zeros]": ("mu", "beta", "gamma", "nu"),
-    "adam": ("beta_1", "beta_2", "gamma"),
+    "adam": ("beta1", "beta2", "gamma"),
 }
 STEPS, EVERY, BATCH_TOKENS, LAYERS = 800, 20, 2048, 4
 

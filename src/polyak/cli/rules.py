@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from polyak.cli._options import parse
 
@@ -16,7 +16,7 @@ examples:
   polyak rules
   polyak rules --d-model 768 --num-layers 12 --num-heads 12 --vocab-size 50304
   polyak rules --rules triple_momentum,my_rule.py:MyRule
-  polyak rules --json"""
+  polyak rules --format json"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +35,19 @@ class RulesConfig:
     """Number of token ids."""
     context_length: int = 128
     """Tokens in a sequence."""
-    json: bool = False
-    """Print JSON, for other programs."""
+    format: Literal["text", "json", "markdown"] = "text"
+    """`json` for other programs, `markdown` for a table in a document."""
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(RulesConfig, "rules", words, DESCRIPTION)
     found = family(config)
-    if config.json:
+    if config.format == "json":
         print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    if config.format == "markdown":
+        print(markdown(found))
         return 0
     from rich.console import Console
     from rich.padding import Padding
@@ -73,6 +76,27 @@ def main(words: Sequence[str]) -> int:
         for line in lines:
             console.print(Padding(Text(line), (0, 0, 0, 2)))
     return 0
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The family as a Markdown table."""
+    rows = [
+        "| rule | architecture | one substep | learned scalars | streams | parameters | FLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for rule in found:
+        streams = ", ".join(f"{name}: {start}" for name, start in rule["streams"].items())
+        cells = (
+            f"`{rule['name']}`",
+            rule["architecture"],
+            rule["equation"],
+            ", ".join(rule["scalars"]) or "–",
+            streams or "–",
+            f"×{rule['relative_parameters']:.3f}",
+            f"×{rule['relative_flops']:.2f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def family(config: RulesConfig) -> list[dict[str, Any]]:

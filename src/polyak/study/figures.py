@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,26 +17,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from polyak.study.statistics import Array
+from polyak.study.dunnett import Array
 from polyak.study.svg import LIGHT, PALETTE, Style, color, house_style, styles, to_svg
 
 SIZE = (5.0, 3.6)  # inches of 72 units: 360 wide, so that a phone shows text at its true size
 START = 0.35  # of training is left out of the loss axes: it would flatten all that matters
-GREEK = dict(
-    alpha="α",
-    beta="β",
-    gamma="γ",
-    delta="δ",
-    epsilon="ε",
-    eta="η",
-    theta="θ",
-    kappa="κ",
-    lam="λ",
-    mu="μ",
-    nu="ν",
-    rho="ρ",
-    tau="τ",
-)
+GREEK = {
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "eta",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "rho",
+    "sigma",
+    "tau",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,11 +242,12 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
 
 
 def symbol(name: str) -> str:
-    """`beta_1` as `β₁ (beta_1)`; names that are not Greek as they are."""
-    stem, _, index = name.partition("_")
-    if stem not in GREEK or not (index.isdigit() or not index):
+    """`beta1` and `betaR` with their letter and index; other names as they are."""
+    parts = re.fullmatch(r"([a-z]+?)_?(\d+|[A-Z])?_?", name)
+    if parts is None or parts[1] not in GREEK:
         return name
-    return f"{GREEK[stem]}{index.translate(str.maketrans('0123456789', '₀₁₂₃₄₅₆₇₈₉'))} ({name})"
+    index = f"_{{{parts[2]}}}" if parts[2] else ""
+    return f"$\\{parts[1]}{index}$"
 
 
 def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:

@@ -146,7 +146,7 @@ def _guard(pooled: Array, pair: Array, shared: NDArray[np.int_]) -> Array:
     inflated = np.where(usable, pair * shared / np.maximum(shared - 1, 1), 0.0)
     average = inflated.sum(-1) / np.maximum(usable.sum(-1), 1)
     # Only the row's entry: with the baseline as the row this is the average over all comparisons.
-    return np.maximum(np.maximum(pooled[..., None, None], inflated), average[..., None])
+    return np.asarray(np.maximum(np.maximum(pooled[..., None, None], inflated), average[..., None]))
 
 
 def _reach(

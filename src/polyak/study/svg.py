@@ -93,6 +93,7 @@ def css() -> dict[str, str]:
 
 @contextmanager
 def house_style(size: float, colors: Mapping[str, str] = STAND_IN) -> Iterator[None]:
+    """Matplotlib's settings for our figures; `color` gives `colors` meanwhile."""
     token = _colors.set(colors)
     settings: dict[Any, Any] = {
         "font.family": "DejaVu Sans",  # comes with matplotlib, so layout is the same everywhere
