@@ -10,7 +10,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from polyak.errors import ConfigError, unknown
@@ -19,42 +18,58 @@ Config = TypeVar("Config")
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
-    """A copy of a configuration with `path.to.field=value` assignments applied, in order.
+    """A copy of a configuration with `path.to.field=value` assignments applied, all at once.
+
+    All at once, because two fields can be right together and wrong one by one: `num_heads=5`
+    and `d_model=150`. Of two assignments to one field, the later counts.
 
     Raises:
         UnknownNameError: a field does not exist; the nearest is offered.
         ConfigError: an assignment has no `=`, or a value does not parse or is out of range.
     """
+    values: dict[str, str] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"setting {assignment!r} has no '='; write KEY=VALUE")
-        config = replace_at(config, key.strip(), text.strip())
-    return config
+        values[key.strip()] = text.strip()
+    return replace_all(config, values)
 
 
 def replace_at(config: Config, key: str, value: Any) -> Config:
     """A copy with the field at a dotted key replaced; text is parsed to the field's type."""
+    return replace_all(config, {key: value})
+
+
+def replace_all(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy with the fields at dotted keys replaced; text is parsed to each field's type."""
     assert dataclasses.is_dataclass(config)
-    name, _, rest = key.partition(".")
     fields = [field.name for field in dataclasses.fields(config)]
-    if name not in fields:
-        raise unknown("setting", name, fields)
-    if rest:
-        inner = getattr(config, name)
-        if isinstance(inner, Mapping):
-            new: Any = {**inner, rest: parse_free(value) if isinstance(value, str) else value}
-        elif dataclasses.is_dataclass(inner):
-            new = replace_at(inner, rest, value)
+    whole: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        if name not in fields:
+            raise unknown("setting", name, fields)
+        if rest:
+            parts.setdefault(name, {})[rest] = value
         else:
+            kind = _field_types(type(config))[name]
+            whole[name] = parse(value, kind, name) if isinstance(value, str) else value
+    for name, inside in parts.items():
+        inner = whole.get(name, getattr(config, name))
+        if isinstance(inner, Mapping):
+            free = {k: parse_free(v) if isinstance(v, str) else v for k, v in inside.items()}
+            whole[name] = {**inner, **free}
+        elif dataclasses.is_dataclass(inner):
+            whole[name] = replace_all(inner, inside)
+        else:
+            key = f"{name}.{next(iter(inside))}"
             raise ConfigError(f"setting {key!r}: {name} has no fields of its own")
-    else:
-        new = parse(value, _types(type(config))[name], name) if isinstance(value, str) else value
-    return dataclasses.replace(config, **{name: new})  # type: ignore[type-var, return-value]
+    return dataclasses.replace(config, **whole)  # type: ignore[type-var]
 
 
-@cache
-def _types(config: type) -> dict[str, Any]:
+def _field_types(config: type) -> dict[str, Any]:
     return typing.get_type_hints(config)
 
 

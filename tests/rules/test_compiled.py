@@ -48,9 +48,7 @@ def check(rule: str, backend: str, tiny_model: Build, dtype: torch.dtype, limit:
 
 
 @pytest.mark.parametrize("rule", rules.names())
-def test_a_block_captured_into_graphs_is_the_same_function(
-    rule: str, tiny_model: Build
-) -> None:
+def test_a_block_captured_into_graphs_is_the_same_function(rule: str, tiny_model: Build) -> None:
     check(rule, "aot_eager", tiny_model, torch.float64, 1e-10)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,12 +97,16 @@ def test_every_parameter_is_used(rule: str, splitting: str, tiny_model: Build) -
         assert found[name].abs().max() > 0, name
 
 
-@every_rule
-@pytest.mark.parametrize("start", [None, "zeros"])
-def test_logits_and_gradients_are_finite_at_depth_48(rule: str, start: str | None) -> None:
-    embedded = any(stream.start == "embedding" for stream in rules.get(rule).streams)
-    if start == "zeros" and not embedded:
-        pytest.skip("no stream that starts from an embedding")
+@pytest.mark.parametrize(
+    ("rule", "start"),
+    [(rule, None) for rule in rules.names()]
+    + [
+        (rule, "zeros")
+        for rule in rules.names()
+        if any(stream.start == "embedding" for stream in rules.get(rule).streams)
+    ],
+)
+def test_logits_and_gradients_are_finite_at_depth_48(rule: str, start: Any) -> None:
     config = ModelConfig(
         rule=rule,
         num_layers=48,
@@ -109,13 +114,28 @@ def test_logits_and_gradients_are_finite_at_depth_48(rule: str, start: str | Non
         d_model=16,
         vocab_size=11,
         context_length=6,
-        stream_start=start,  # type: ignore[arg-type]
+        stream_start=start,
     )
     model = Transformer(config)
     input_ids = ids(2, 7)
     assert model(input_ids[:, :6]).isfinite().all()
     for name, gradient in gradients(model, input_ids).items():
         assert gradient.isfinite().all(), name
+
+
+@every_rule
+def test_a_norm_can_be_switched_off(rule: str, tiny_model: Build) -> None:
+    for attribute, norm in rules.get(rule).norms.items():
+        with_norm, without = (
+            tiny_model(rule, rule_options={norm.option: value}) for value in ("layer", "none")
+        )
+        weight = f"blocks.0.rules.mlp.{attribute}.weight"
+        assert weight in dict(with_norm.named_parameters())
+        assert weight not in dict(without.named_parameters())
+        without.load_state_dict(with_norm.state_dict(), strict=False)
+        logits = without(ids(2, 7))
+        assert logits.isfinite().all()
+        assert (logits - with_norm(ids(2, 7))).abs().max() > 1e-3
 
 
 @every_rule

@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         return stream.constant(x, self.config.num_heads)
 
 
-def _draw_normal(weight: nn.Parameter, std: float, generator: torch.Generator) -> None:
+def _draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     if not weight.is_meta:
         with torch.no_grad():
             weight.copy_(std * torch.randn(weight.shape, generator=generator))

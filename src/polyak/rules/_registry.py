@@ -115,6 +115,8 @@ def _entry_points() -> dict[str, str]:
 def _from_entry_point(name: str) -> type[UpdateRule]:
     source, _, class_name = _entry_points()[name].partition(":")
     rule = _class_of(_load_module(source, name), class_name, source)
+    if name not in _registered:  # the module need not call `register` itself
+        rule.name = name
     return _registered.setdefault(name, rule)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,14 +131,29 @@ def interleave(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 def peak_bytes(step: Callable[[], Any]) -> int:
     """Largest amount of CPU memory that torch holds at once of what `step` allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     held = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard error to nowhere: the profiler's C++ code announces itself there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
@@ -195,8 +211,8 @@ def _gpt2(shape: Shape) -> nn.Module | None:
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     model: nn.Module = GPT2LMHeadModel(config).train()
     return model
 

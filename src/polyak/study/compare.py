@@ -245,7 +245,7 @@ def _estimate(
             continue
         recipe, length = job.config.training, job.config.model.context_length
         validations = -(-recipe.steps // recipe.eval_interval)
-        tokens = recipe.steps * recipe.batch_size * length
+        tokens: float = recipe.steps * recipe.batch_size * length
         tokens += validations * recipe.eval_tokens / 3  # no backward pass
         total += 1.1 * tokens / speeds[job.entry]["median"] + START_UP
     return total / min(side_by_side, max(1, len(jobs)))

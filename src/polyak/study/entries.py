@@ -20,7 +20,7 @@ from polyak import rules
 from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
 from polyak.rules._registry import source_of
-from polyak.settings import parse_free, replace_at
+from polyak.settings import parse_free, replace_all
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,16 @@ def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
     if not parts:
         raise ConfigError("rules: nothing to compare; name at least one rule")
     entries = tuple(parse_entry(part, base) for part in parts)
-    seen: set[str] = set()
+    seen: dict[str, Entry] = {}
     for entry in entries:
-        if entry.name in seen:
+        other = seen.setdefault(entry.name, entry)
+        if other.model.rule != entry.model.rule:
+            raise ConfigError(
+                f"rules: {other.model.rule} and {entry.model.rule} are both called "
+                f"{entry.name!r}; rename one"
+            )
+        if other is not entry:
             raise ConfigError(f"rules: {entry.name!r} is named twice; remove one")
-        seen.add(entry.name)
     return entries
 
 
@@ -70,17 +75,21 @@ def parse_entry(text: str, base: ModelConfig) -> Entry:
     if match is None:
         raise ConfigError(f"rules: cannot read {text!r}; write rule or rule[key=value,...]")
     rule, brackets = match[1].strip(), match[2] or ""
-    source = source_of(rule)
-    if source is not None:
-        rule = f"{source}:{rule.rpartition(':')[2]}"  # absolute, for other processes
+    if source_of(rule) is not None:
+        file, _, class_name = rule.rpartition(":")
+        # absolute, for other processes; a shell expands no "~" after a comma
+        rule = f"{Path(file).expanduser().resolve()}:{class_name}"
     options = rules.get(rule).resolve({})
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     settings: dict[str, str] = {}
-    rule_options = dict(base.rule_options)
+    rule_options, given = dict(base.rule_options), set[str]()
     for assignment in filter(None, (part.strip() for part in brackets.split(","))):
         key, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals:
             raise ConfigError(f"rules: {assignment!r} in {text!r} has no '='; write key=value")
+        if key in given:
+            raise ConfigError(f"rules: {key!r} is set twice in {text!r}; remove one")
+        given.add(key)
         if key in fields and key != "rule":
             settings[key] = value
         elif (option := key.removeprefix("rule_options.")) in _all_options(rule, options):
@@ -90,8 +99,7 @@ def parse_entry(text: str, base: ModelConfig) -> Entry:
             raise unknown(f"field or option in {text!r}:", key, known)
     model = dataclasses.replace(base, rule="gradient_descent", rule_options={}, stream_start=None)
     start = settings.pop("stream_start", base.stream_start)
-    for key, value in settings.items():
-        model = replace_at(model, key, value)
+    model = replace_all(model, settings)
     if start is not None and str(start).lower() == "none":
         start = None
     model = dataclasses.replace(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -65,15 +66,15 @@ def _mean(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     )
 
 
-def _runs(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    return [run for run in results["runs"] if run["entry"] == name]
-
-
-def _draw(axes: Axes, style: Style, curves: Sequence[tuple[Array, Array]], scale: float) -> None:
-    if len(curves) > 1:
-        for x, y in curves:
-            axes.plot(x / scale, y, color=style.color, linewidth=0.6, alpha=0.45)
-    x, y = _mean(curves)
+def _draw(
+    axes: Axes, style: Style, runs: Sequence[tuple[str, Array, Array]], scale: float, faint: float
+) -> None:
+    """Every run thin; the mean of the finished ones bold."""
+    finished = [(x, y) for status, x, y in runs if status == "finished"]
+    for _, x, y in runs:
+        if len(runs) > 1 or not finished:
+            axes.plot(x / scale, y, color=style.color, linewidth=0.6, alpha=faint)
+    x, y = _mean(finished)
     axes.plot(
         x / scale,
         y,
@@ -84,6 +85,25 @@ def _draw(axes: Axes, style: Style, curves: Sequence[tuple[Array, Array]], scale
         markersize=4,
         markevery=max(1, len(x) // 6),
     )
+
+
+def _extent(drawn: Mapping[str, Sequence[tuple[str, Array, Array]]]) -> tuple[float, float]:
+    """Where the shortest finished run ends, and the longest run of all."""
+    ends = [(status, float(x[-1])) for runs in drawn.values() for status, x, _ in runs]
+    longest = max(end for _, end in ends)
+    return min((end for status, end in ends if status == "finished"), default=longest), longest
+
+
+def _after(drawn: Mapping[str, Sequence[tuple[str, Array, Array]]], start: float) -> Array:
+    """All values drawn from `start` on; every value if none is that far."""
+    values = [(x, y) for runs in drawn.values() for _, x, y in runs]
+    late = np.concatenate([y[x >= start] for x, y in values])
+    return late if len(late) else np.concatenate([y for _, y in values])
+
+
+def _faint(entries: int) -> float:
+    """Opacity of single seeds: many entries would bury the means."""
+    return 0.55 if entries <= 4 else 0.28
 
 
 UNITS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time"}
@@ -106,20 +126,23 @@ def _scale(axis: str, largest: float) -> tuple[float, str]:
 def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
     """Validation loss against tokens, flops or seconds; False if there is nothing to draw."""
     chosen = styles(results)
-    drawn = {n: [c for r in _runs(results, n) if len((c := curve(r, axis))[0])] for n in chosen}
-    if not any(drawn.values()):
+    drawn: dict[str, list[tuple[str, Array, Array]]] = {}
+    for run in results["runs"]:
+        x, y = curve(run, axis)
+        if len(x):
+            drawn.setdefault(run["entry"], []).append((run["status"], x, y))
+    if not drawn:
         return False
-    largest = max(float(x[-1]) for curves in drawn.values() for x, _ in curves)
-    scale, label = _scale(axis, largest)
-    for name, style in chosen.items():
-        if drawn[name]:
-            _draw(axes, style, drawn[name], scale)
-    late = [y[x >= START * x[-1]] for curves in drawn.values() for x, y in curves]
-    values = np.concatenate([y for y in late if len(y)])
+    shortest, longest = _extent(drawn)
+    scale, label = _scale(axis, longest)
+    for name in chosen:
+        if name in drawn:
+            _draw(axes, chosen[name], drawn[name], scale, _faint(len(drawn)))
+    values = _after(drawn, START * shortest)
     margin = 0.04 * (values.max() - values.min() or 1)
     axes.set_ylim(values.min() - margin, values.max() + margin)
-    shortest = min(float(x[-1]) for curves in drawn.values() for x, _ in curves)
-    axes.set_xlim(0.85 * START * shortest / scale, 1.02 * largest / scale)
+    axes.set_xlim(0.85 * START * shortest / scale, 1.02 * longest / scale)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats/token)")
     return True
@@ -128,29 +151,34 @@ def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
 def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
     """Paired difference from the baseline against tokens, with the zero line."""
     chosen, baseline = styles(results), results["baseline"]
-    base = {run["seed"]: curve(run, "tokens") for run in _runs(results, baseline)}
-    drawn: dict[str, list[tuple[Array, Array]]] = {}
-    for name in chosen:
-        if name == baseline:
+    base = {run["seed"]: run for run in results["runs"] if run["entry"] == baseline}
+    drawn: dict[str, list[tuple[str, Array, Array]]] = {}
+    for run in results["runs"]:
+        other = base.get(run["seed"])
+        if run["entry"] == baseline or other is None:
             continue
-        for run in _runs(results, name):
-            x, y = curve(run, "tokens")
-            base_x, base_y = base.get(run["seed"], (np.empty(0), np.empty(0)))
-            common, own, other = np.intersect1d(x, base_x, return_indices=True)
-            if len(common) > 1:
-                drawn.setdefault(name, []).append((common, y[own] - base_y[other]))
+        (x, y), (base_x, base_y) = curve(run, "tokens"), curve(other, "tokens")
+        common, own, theirs = np.intersect1d(x, base_x, return_indices=True)
+        if len(common) > 1:
+            both = {run["status"], other["status"]} == {"finished"}
+            status = "finished" if both else "unfinished"
+            drawn.setdefault(run["entry"], []).append((status, common, y[own] - base_y[theirs]))
     if not drawn:
         return False
-    largest = max(float(x[-1]) for curves in drawn.values() for x, _ in curves)
-    scale, label = _scale("tokens", largest)
+    shortest, longest = _extent(drawn)
+    scale, label = _scale("tokens", longest)
     axes.axhline(0, color=color("ink"), linewidth=1.2)
-    for name, curves in drawn.items():
-        _draw(axes, chosen[name], curves, scale)
-    late = np.concatenate([y[x >= 2 * START * x[-1]] for c in drawn.values() for x, y in c])
+    for name in chosen:
+        if name in drawn:
+            _draw(axes, chosen[name], drawn[name], scale, _faint(len(drawn)))
+    late = _after(drawn, 0.2 * shortest)
     low, high = min(late.min(), 0.0), max(late.max(), 0.0)
-    margin = 0.08 * (high - low or 1)
+    # both sides of zero stay in view: starting behind and crossing later is half the story
+    low, high = min(low, -0.3 * high), max(high, -0.3 * low)
+    margin = 0.05 * (high - low or 1)
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(0, largest / scale * 1.02)
+    axes.set_xlim(0, longest / scale * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel(label)
     axes.set_ylabel("difference (nats/token)")
     return True
@@ -186,7 +214,7 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
             (0, row - 0.28),
             xycoords=("axes fraction", "data"),
             va="bottom",
-            fontsize="small",
+            fontsize=0.92 * float(mpl.rcParams["font.size"]),
             color=color("ink"),
             bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
         )
@@ -195,6 +223,7 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("difference from baseline (nats/token); left is better")
     return True
 
@@ -237,7 +266,7 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
             )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 8) or 1))
     axes.set_xlabel("layer")
-    axes.set_title(symbol(name), loc="left", fontsize="medium")
+    axes.set_title(symbol(name), loc="left", fontsize="large")
     return layers > 0
 
 

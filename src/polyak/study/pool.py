@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyak.errors import RunError
 from polyak.files import make_folder, write_json
 from polyak.training.run_config import RunConfig
 
@@ -70,19 +71,24 @@ def run_jobs(
 
 def _start(job: Job, messages: queue.Queue[tuple[Job, Message]]) -> subprocess.Popen[str]:
     make_folder(job.folder)
-    spec = job.folder / "spec.json"
+    spec, log = job.folder / "spec.json", job.folder / "log.txt"
     write_json(spec, {"config": job.config.to_dict(), "folder": str(job.folder)})
     threads = {"OMP_NUM_THREADS": str(job.config.threads)} if job.config.threads else {}
-    log = job.folder / "log.txt"
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "polyak.study.worker", str(spec)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **threads},
-        )
+    # the worker imports what this process imports, not a file of the working folder (-P)
+    path = {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    try:
+        with log.open("w", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "polyak.study.worker", str(spec)],
+                stdin=subprocess.PIPE,  # never written to: it ends when this process does
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, **threads, **path},
+            )
+    except OSError as problem:
+        raise RunError(f"cannot start a run in {job.folder}: {problem.strerror}") from problem
     threading.Thread(target=_listen, args=(job, process, messages), daemon=True).start()
     return process
 
@@ -93,6 +99,8 @@ def _listen(
     ended = False
     assert process.stdout is not None
     for line in process.stdout:
+        if not line.endswith("\n"):
+            break  # killed in the middle of a line
         message = json.loads(line)
         ended = ended or "result" in message or "error" in message
         messages.put((job, message))

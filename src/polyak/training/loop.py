@@ -22,7 +22,6 @@ from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
 from polyak.nn.transformer import Transformer
 from polyak.rules._registry import source_of
-from polyak.training.config import TrainingConfig
 from polyak.training.metrics import MetricsLog
 from polyak.training.optimizers import Optimizers, cosine_with_warmup, parameter_groups
 from polyak.training.run_config import RunConfig
@@ -95,7 +94,7 @@ class Trainer:
         """
         micro = self.recipe.micro_batch_size or self.recipe.batch_size
         total = 0.0
-        for part in to_tensor(self.batches.batch(step), self.device).split(micro):
+        for part in torch.split(to_tensor(self.batches.batch(step), self.device), micro):
             with precision(self.device):
                 loss = token_loss(self.model, part) / self.tokens_per_step
             loss.backward()  # type: ignore[no-untyped-call]

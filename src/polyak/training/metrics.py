@@ -44,4 +44,8 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as problem:  # a full disk refuses what is left in the buffer once more
+            if error is None:
+                raise RunError(f"cannot write {self.path}: {problem.strerror}") from problem

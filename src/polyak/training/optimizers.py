@@ -79,7 +79,8 @@ def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
     """The trainable parameters by kind, each exactly once.
 
     `matrices`: 2-D weights inside blocks (Muon). `embeddings`: token, position and stream tables
-    and an untied output (AdamW with decay). `norms`: LayerNorms and biases. `scalars`: the rules'.
+    and an untied output (AdamW with decay). `norms`: LayerNorms, biases, and whatever else a
+    user's rule learns that is no matrix. `scalars`: the rules'.
     """
     groups: dict[str, list[nn.Parameter]] = {
         "matrices": [],
@@ -92,12 +93,12 @@ def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
             continue
         if name.endswith("_raw"):
             groups["scalars"].append(parameter)
-        elif parameter.ndim < 2:
-            groups["norms"].append(parameter)
-        elif name.startswith("blocks."):
+        elif not name.startswith("blocks.") and parameter.ndim == 2:
+            groups["embeddings"].append(parameter)
+        elif parameter.ndim == 2:
             groups["matrices"].append(parameter)
         else:
-            groups["embeddings"].append(parameter)
+            groups["norms"].append(parameter)
     return groups
 
 

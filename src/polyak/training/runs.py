@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.errors import RunError
-from polyak.files import make_folder, read_json, write_json
+from polyak.files import make_folder, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from polyak.data.tokenizers import Tokenizer
@@ -58,8 +59,11 @@ class RunFolder:
         """
         make_folder(self.path)
         self.check(settings)
-        self.result_file.unlink(missing_ok=True)
-        self.metrics_file.unlink(missing_ok=True)
+        try:
+            self.result_file.unlink(missing_ok=True)
+            self.metrics_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write in {self.path}: {error.strerror}") from error
         write_json(
             self.settings_file,
             {"format": FORMAT, "settings": settings, "environment": environment()},
@@ -93,15 +97,25 @@ class RunFolder:
         """The metrics so far, all or of one kind (`train`, `validation`), in order of step.
 
         A last line cut short by a kill is left out.
+
+        Raises:
+            RunError: a line is not a row; it is named.
         """
-        if not self.metrics_file.exists():
+        try:
+            content = self.metrics_file.read_bytes()
+        except FileNotFoundError:
             return []
+        *lines, _ = content.split(b"\n")  # what follows the last line break is no whole line
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
+        for number, line in enumerate(lines, 1):
+            try:
                 row = json.loads(line)
                 if kind is None or row["kind"] == kind:
                     rows.append(row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"{self.metrics_file}, line {number}: not a row of metrics; remove that folder"
+                ) from error
         return rows
 
 
@@ -226,18 +240,39 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     from polyak.nn.config import ModelConfig
     from polyak.nn.transformer import Transformer
 
-    model_folder = Path(folder) / "model"
-    if not (model_folder / "model.safetensors").exists():
-        what = "has no finished model" if (Path(folder) / "run.json").exists() else "is not a run"
-        raise RunError(f"{folder} {what}: model/model.safetensors is missing")
-    config = ModelConfig.from_dict(read_json(model_folder / "config.json")["polyak"])
+    run, model_folder = RunFolder(Path(folder)), Path(folder) / "model"
+    if not run.settings_file.exists():
+        raise RunError(f"{folder} is not a run: run.json is missing")
+    if run.result() is None:
+        raise RunError(f"{folder} is a run that did not finish: result.json is missing")
+    values = read_json(model_folder / "config.json")
+    if not isinstance(values, dict) or not isinstance(values.get("polyak"), dict):
+        raise RunError(f"{model_folder / 'config.json'} is not a model's: it has no 'polyak' part")
+    config = ModelConfig.from_dict(values["polyak"])
+    _warn_of_other_rule(config.rule, read_json(run.settings_file), run.path)
     model = Transformer(config)
     try:
         weights = load_file(model_folder / "model.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise RunError(f"{model_folder / 'model.safetensors'} cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise RunError(
+            f"{model_folder / 'model.safetensors'} cannot be loaded: {reason}"
+        ) from error
     wrong = unexpected + [name for name in missing if name in dict(model.named_parameters())]
     if wrong:
         raise RunError(f"{model_folder}: weights do not fit config.json ({', '.join(wrong[:3])})")
     return model.eval(), load_tokenizer(model_folder)
+
+
+def _warn_of_other_rule(rule: str, recorded: Any, folder: Path) -> None:
+    """Say so if the user's rule file is no longer what the model was trained with."""
+    from polyak.rules._registry import source_of
+
+    file, settings = source_of(rule), recorded.get("settings", {})
+    trained_with = settings.get("rule_source")
+    if file is not None and file.exists() and sha256_of(file) != trained_with:
+        warnings.warn(
+            f"{file} has changed since {folder} was trained; the model may compute something else",
+            stacklevel=3,
+        )

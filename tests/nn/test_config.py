@@ -1,0 +1,144 @@
+"""Configurations that cannot work are refused when they are built, in one line with the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyak import ModelConfig, PolyakError
+from polyak.errors import ConfigError, UnknownNameError
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_layers": 0}, "num_layers=0 must be a whole number of at least 1"),
+    ({"num_layers": True}, "num_layers=True must be a whole number"),
+    ({"d_model": 12.0}, "d_model=12.0 must be a whole number"),
+    ({"vocab_size": -1}, "vocab_size=-1 must be"),
+    ({"context_length": "8"}, "context_length='8' must be"),
+    ({"num_heads": 5, "d_model": 128}, "num_heads=5 does not divide d_model=128; use 4 heads"),
+    ({"splitting": "lie_troter"}, "unknown splitting 'lie_troter'; did you mean 'lie_trotter'"),
+    ({"activation": "gleu"}, "unknown activation 'gleu'; did you mean 'gelu'"),
+    ({"bias": 1}, "bias=1 must be true or false"),
+    ({"causal": "yes"}, "causal='yes' must be true or false"),
+    ({"norm_eps": -1e-5}, "norm_eps=-1e-05 must be a number from 0"),
+    ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
+    ({"dropout": "some"}, "dropout='some' must be a number"),
+    ({"rule": "tripel_momentum"}, "unknown rule 'tripel_momentum'; did you mean 'triple_momentum'"),
+    ({"stream_start": "ones", "rule": "nesterov"}, "stream_start='ones' must be 'zeros' or left"),
+    ({"stream_start": "zeros"}, "stream_start='zeros': rule gradient_descent has no stream"),
+    ({"stream_start": "zeros", "rule": "rmsprop"}, "rule rmsprop has no stream that starts"),
+    ({"stream_start": "zeros", "rule": "shampoo"}, "rule shampoo has no stream that starts"),
+    ({"rule_options": [1]}, "rule_options=\\[1\\] must map option names to values"),
+    (
+        {"rule": "nesterov", "rule_options": {"bata": 0.9}},
+        "unknown option of rule nesterov 'bata'; did you mean 'beta'",
+    ),
+    (
+        {"rule": "nesterov", "rule_options": {"update_norm": "none"}},
+        "unknown option of rule nesterov 'update_norm'; did you mean 'state_norm'",
+    ),
+    (
+        {"rule": "nesterov", "rule_options": {"state_norm": "rms"}},
+        "rule option state_norm='rms' of nesterov: use one of layer, none",
+    ),
+    (
+        {"rule": "nesterov", "rule_options": {"beta": 1.0}},
+        r"rule option beta=1.0: its initial value must be a number in \(0, 1\)",
+    ),
+    (
+        {"rule": "adam", "rule_options": {"gamma": -2}},
+        r"rule option gamma=-2: its initial value must be a number in \(0, ∞\)",
+    ),
+    ({"rule": "adam", "rule_options": {"beta1": True}}, "rule option beta1=True"),
+    ({"rule": "adam", "rule_options": {"beta1": float("nan")}}, "rule option beta1=nan"),
+    ({"rule": "adam", "rule_options": {"beta1": "half"}}, "rule option beta1='half'"),
+    (
+        {"rule": "adam", "rule_options": {"frozen": ["beta3"]}},
+        "unknown frozen scalar of adam 'beta3'; did you mean 'beta",
+    ),
+    # γ belongs to the wrapper, which is off by default
+    ({"rule_options": {"gamma": 0.5}}, "unknown option of rule gradient_descent 'gamma'"),
+    ({"rule_options": {"frozen": "gamma"}}, "unknown frozen scalar of gradient_descent 'gamma'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda value: str(value)[:50])
+def test_a_configuration_that_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig(**fields)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, PolyakError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_an_unknown_setting_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown model setting 'layers'.*known:"):
+        ModelConfig.from_dict({"layers": 3})
+    with pytest.raises(UnknownNameError, match="did you mean 'num_layers'"):
+        ModelConfig.from_dict({"num_layer": 3})
+
+
+@given(
+    layers=st.integers(1, 6),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 9),
+    splitting=st.sampled_from(["lie_trotter", "simultaneous"]),
+    start=st.sampled_from([None, "zeros"]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    beta=st.floats(0.01, 0.99),
+)
+def test_a_configuration_survives_json(
+    layers: int,
+    heads: int,
+    head_dim: int,
+    splitting: Any,
+    start: Any,
+    flags: tuple[bool, bool, bool],
+    beta: float,
+) -> None:
+    tied, causal, bias = flags
+    config = ModelConfig(
+        rule="nesterov",
+        num_layers=layers,
+        num_heads=heads,
+        d_model=heads * head_dim,
+        splitting=splitting,
+        stream_start=start,
+        tie_embeddings=tied,
+        causal=causal,
+        bias=bias,
+        rule_options={"beta": beta, "frozen": ["mu"]},
+    )
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.head_dim == head_dim
+
+
+def test_a_configuration_is_frozen_and_keyword_only() -> None:
+    config = ModelConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_layers = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ModelConfig("adam")  # type: ignore[misc]
+
+
+def test_options_given_are_copied() -> None:
+    options = {"beta": 0.25}
+    config = ModelConfig(rule="heavy_ball", rule_options=options)
+    options["beta"] = 0.75
+    assert config.rule_options == {"beta": 0.25}
+
+
+def test_configurations_and_rule_names_need_no_torch() -> None:
+    program = (
+        "import sys, polyak, polyak.nn.cost, polyak.rules\n"
+        "assert 'triple_momentum' in polyak.rules.names()\n"
+        "polyak.ModelConfig(num_layers=2)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

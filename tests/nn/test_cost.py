@@ -1,0 +1,328 @@
+"""The cost formulas against torch's counters, to the last digit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyak import ModelConfig, Transformer, ops, rules
+from polyak.errors import ConfigError, RuleError
+from polyak.nn.cost import cost
+from polyak.rules import Oracle, State, Stream, UpdateRule, unit_interval
+from polyak.rules._cost import count_elements, measure, step_cost
+
+every_rule = pytest.mark.parametrize("rule", rules.names())
+Config = Callable[..., ModelConfig]
+Register = Callable[[str, type[UpdateRule]], str]
+
+PAPER = {
+    "gradient_descent": 124_373_760,
+    "heavy_ball": 163_812_144,
+    "nesterov": 163_812_168,
+    "triple_momentum": 163_812_192,
+    "rmsprop": 124_392_240,
+    "adam": 163_812_168,
+    "adamw": 163_812_192,
+    "ortho": 124_392_216,
+    "muon": 163_812_144,
+    "shampoo": 124_392_240,
+    "soap": 163_812_168,
+}
+"""Parameters at the paper's size (arXiv:2605.24425)."""
+
+
+def paper_size(rule: str, **fields: Any) -> ModelConfig:
+    shape = {"num_layers": 12, "num_heads": 12, "d_model": 768}
+    return ModelConfig(rule=rule, **shape, vocab_size=50_304, context_length=1024, **fields)
+
+
+def variants(rule: str) -> list[dict[str, Any]]:
+    """Every setting that changes a cost, for one rule."""
+    kind = rules.get(rule)
+    found: list[dict[str, Any]] = [
+        {},
+        {"splitting": "simultaneous"},
+        {"bias": True},
+        {"tie_embeddings": False},
+        {"causal": False},
+        {"num_heads": 6},
+        {"num_heads": 1},
+    ]
+    found += [{"rule_options": {norm.option: "none"}} for norm in kind.norms.values()]
+    found += [
+        {"rule_options": {norm.option: "layer"}, "bias": True} for norm in kind.norms.values()
+    ]
+    if any(stream.start == "embedding" for stream in kind.streams):
+        found.append({"stream_start": "zeros"})
+    return found
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def counted_flops(config: ModelConfig, batch: int, length: int) -> tuple[int, int]:
+    """Forward and backward FLOPs of a real pass on the meta device."""
+    input_ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    model = meta_model(config)
+    with FlopCounterMode(display=False) as forward:
+        logits = model(input_ids)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@torch.no_grad()
+def counted_elements(config: ModelConfig, length: int) -> float:
+    """Elements per token of a real forward pass: what a second sequence adds to the first."""
+    model, totals = Transformer(config), []
+    for batch in (1, 2):
+        with count_elements() as counter, ops.reference_forms():
+            model(torch.zeros(batch, length, dtype=torch.long))
+        totals.append(counter.elements)
+    return (totals[1] - totals[0]) / length
+
+
+def per_token(config: ModelConfig, length: int) -> list[float]:
+    """Forward FLOPs, backward FLOPs and elements."""
+    flops = counted_flops(config, 1, length)
+    return [*(count / length for count in flops), counted_elements(config, length)]
+
+
+@every_rule
+def test_formulas_equal_the_counters_to_the_last_digit(rule: str, tiny_config: Config) -> None:
+    for fields in variants(rule):
+        config = tiny_config(rule, **fields)
+        if fields:  # once with two layers; the rest with one, which is quicker
+            config = dataclasses.replace(config, num_layers=1)
+        found = cost(config)
+        formulas = [
+            found.forward_flops_per_token,
+            found.backward_flops_per_token,
+            found.elementwise_per_token,
+        ]
+        assert formulas == per_token(config, config.context_length), fields
+        assert found.training_flops_per_token == formulas[0] + formulas[1]
+
+
+@every_rule
+def test_all_matrix_products_grow_with_tokens(rule: str, tiny_config: Config) -> None:
+    config = tiny_config(rule)
+    forward, backward = counted_flops(config, 3, 7)
+    assert forward == 21 * cost(config).forward_flops_per_token
+    assert backward == 21 * cost(config).backward_flops_per_token
+
+
+@pytest.mark.parametrize("rule", PAPER)
+def test_flops_at_the_papers_size_equal_the_counter(rule: str) -> None:
+    config = paper_size(rule)
+    model = meta_model(config)
+    input_ids = torch.zeros(1, 1024, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids).sum().backward()
+    assert counter.get_total_flops() == 1024 * cost(config).training_flops_per_token
+
+
+@pytest.mark.parametrize("rule", PAPER)
+def test_parameters_at_the_papers_size_are_the_papers(rule: str) -> None:
+    assert cost(paper_size(rule)).total_parameters == PAPER[rule]
+    assert sum(p.numel() for p in meta_model(paper_size(rule)).parameters()) == PAPER[rule]
+
+
+def test_parameters_of_the_papers_controls() -> None:
+    zero = cost(paper_size("triple_momentum", stream_start="zeros"))
+    untied = cost(paper_size("gradient_descent", tie_embeddings=False))
+    assert zero.total_parameters == 124_392_288
+    assert untied.total_parameters == 163_007_232
+
+
+def _group(name: str) -> str:
+    match name.split("."):
+        case ["embedding", table, _]:
+            return table
+        case ["streams", *_]:
+            return "streams"
+        case ["head", _]:
+            return "output"
+        case ["norm", _] | ["blocks", _, _, "norm", _]:
+            return "norms"
+        case ["blocks", _, "rules", *_]:
+            return "rule"
+        case ["blocks", _, oracle, *_]:
+            return oracle
+    raise AssertionError(name)
+
+
+@every_rule
+def test_parameter_groups_are_those_of_the_model(rule: str, tiny_config: Config) -> None:
+    for fields in variants(rule):
+        config = tiny_config(rule, **fields)
+        groups: Counter[str] = Counter()
+        for name, parameter in Transformer(config).named_parameters():
+            groups[_group(name)] += parameter.numel()
+        found = cost(config).parameters
+        assert {group: count for group, count in found.items() if count} == groups, fields
+
+
+@every_rule
+@pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+def test_state_bytes_are_those_carried_between_layers(
+    rule: str, splitting: str, tiny_config: Config
+) -> None:
+    config = tiny_config(rule, splitting=splitting)
+    model = Transformer(config)
+    carried = tree_leaves(model.blocks[0](*model.start(torch.zeros(2, 5, dtype=torch.long))))
+    assert sum(y.nbytes for y in carried) == 10 * cost(config).state_bytes_per_token
+    half = cost(config, bytes_per_number=2)
+    assert 2 * half.state_bytes_per_token == cost(config).state_bytes_per_token
+
+
+@pytest.mark.parametrize("rule", ["gradient_descent", "muon", "soap"])
+def test_decoding_costs_what_the_last_token_of_a_prefix_costs(
+    rule: str, tiny_config: Config
+) -> None:
+    config = tiny_config(rule)
+    for position in (0, 3, 6):
+        forward, _ = counted_flops(config, 1, position + 1)
+        decoding = cost(config, position=position).decoding_flops_per_token
+        assert (position + 1) * decoding == forward
+    assert cost(config).decoding_flops_per_token == cost(config).forward_flops_per_token
+
+
+def test_a_model_that_sees_the_future_decodes_by_whole_passes(tiny_config: Config) -> None:
+    config = tiny_config("adam", causal=False)
+    forward, _ = counted_flops(config, 1, 4)
+    assert cost(config, position=3).decoding_flops_per_token == forward
+
+
+@every_rule
+def test_what_a_rule_declares_is_what_is_measured(rule: str) -> None:
+    kind = rules.get(rule)
+    if rule in PAPER:
+        assert kind.work is not None, "built-in rules declare their cost"
+    settings = [{norm.option: v} for norm in kind.norms.values() for v in ("none", "layer")]
+    for heads, bias in ((1, False), (4, True), (12, False)):
+        for options in settings or [{}]:
+            declared = step_cost(kind, 24, heads, bias=bias, options=options)
+            assert declared == measure(kind, 24, heads, bias=bias, options=options)
+
+
+def test_reading_a_cost_draws_no_random_numbers(tiny_config: Config, registered: Register) -> None:
+    name = registered("thrifty", Extragradient)
+    state = torch.get_rng_state()
+    cost(tiny_config(name))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Extragradient(UpdateRule):
+    """Calls its oracle twice and multiplies by a matrix of its own; declares no cost."""
+
+    streams = (Stream("p"),)
+    beta = unit_interval(0.5)
+
+    def __init__(self, d_model: int, num_heads: int, **settings: Any) -> None:
+        super().__init__(d_model, num_heads, **settings)
+        self.mix = torch.nn.Linear(d_model, d_model, bias=False)
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        look = oracle(x)
+        p = self.mix(state.p) + oracle(x + self.beta * look)
+        return x + p, state.replace(p=p)
+
+
+class Reader(UpdateRule):
+    """Reads a value while it runs, which the meta device cannot offer."""
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        return x + min(1.0, x.abs().max().item()) * oracle(x), state
+
+
+class Broken(UpdateRule):
+    """Its step fails."""
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        return x + oracle(x)[..., :3], state
+
+
+@pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+def test_a_users_rule_that_declares_nothing_is_measured_exactly(
+    splitting: str, tiny_config: Config, registered: Register
+) -> None:
+    config = tiny_config(registered("extragradient", Extragradient), splitting=splitting)
+    found = cost(config)
+    assert step_cost(Extragradient, 12, 3).oracle_calls == 2
+    assert found.total_parameters == sum(p.numel() for p in Transformer(config).parameters())
+    assert [
+        found.forward_flops_per_token,
+        found.backward_flops_per_token,
+        found.elementwise_per_token,
+    ] == per_token(config, config.context_length)
+
+
+def test_a_rule_that_reads_values_is_measured_on_the_cpu(
+    tiny_config: Config, registered: Register
+) -> None:
+    reader = cost(tiny_config(registered("reader", Reader)))
+    plain = cost(tiny_config("gradient_descent"))
+    assert reader.training_flops_per_token == plain.training_flops_per_token
+    # per substep |x|, one product and the sum, against the sum alone
+    assert reader.elementwise_per_token == plain.elementwise_per_token + 4 * 2 * 12
+
+
+def test_a_rule_whose_step_fails_is_named(tiny_config: Config, registered: Register) -> None:
+    with pytest.raises(RuleError, match="rule broken: its step fails when run to measure"):
+        cost(tiny_config(registered("broken", Broken)))
+
+
+def test_a_declaration_is_not_inherited_by_a_rule_that_steps_differently() -> None:
+    class Twice(rules.get("heavy_ball")):  # type: ignore[misc]
+        def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+            return super().step(*super().step(x, state, oracle), oracle)
+
+    assert Twice.work is None
+    assert step_cost(Twice, 12, 3).oracle_calls == 2
+    assert (
+        step_cost(Twice, 12, 3).elements == 2 * step_cost(rules.get("heavy_ball"), 12, 3).elements
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position": 7}, r"position=7 must be from 0 to 6"),
+        ({"position": -1}, r"position=-1 must be from 0 to 6"),
+        ({"bytes_per_number": 0}, r"bytes_per_number=0 must be at least 1"),
+    ],
+)
+def test_impossible_questions_are_refused(
+    arguments: dict[str, int], message: str, tiny_config: Config
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cost(tiny_config("adam"), **arguments)
+
+
+def test_elements_count_arithmetic_and_nothing_else() -> None:
+    u = torch.randn(5, 8)
+    with count_elements() as counter:
+        torch.nn.functional.layer_norm(u, (8,), torch.ones(8))
+    assert counter.elements == 5 * (4 * 8 + 4)
+    with count_elements() as counter, ops.reference_forms():
+        ops.layer_norm(u, torch.ones(8), None, 1e-5)
+    assert counter.elements == 5 * (4 * 8 + 4)
+    with count_elements() as counter:
+        _ = u[:, :3].t().contiguous(), torch.cat([u, u]), u @ u.t(), torch.zeros_like(u)
+        q = u.view(1, 1, 5, 8)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert counter.elements == 0
+    with count_elements() as counter:
+        (u * u).sum()
+    assert counter.elements == 41
