@@ -155,6 +155,9 @@ def test_validation_is_evenly_spaced_and_independent_of_the_batch_size(
     gaps = np.diff(blocks[:, 0]) // context
     assert (gaps >= 1).all()
     assert gaps.max(initial=1) - gaps.min(initial=gaps.max(initial=1)) <= 1
+    available = (length - 1) // context
+    assert blocks[0, 0] == 0
+    assert available - blocks[-1, 0] // context <= -(-available // len(blocks))  # up to the end
     one = ValidationBatches(tokens, context, 1, limit)
     assert (np.concatenate(list(one)) == blocks).all()
     assert one.fingerprint == batches.fingerprint

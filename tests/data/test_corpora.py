@@ -149,16 +149,27 @@ def test_the_split_is_close_to_the_fraction_asked_for() -> None:
         assert abs(held_out / 20_000 - fraction) < 0.013  # four standard deviations
 
 
+def test_a_side_that_would_be_empty_gets_exactly_one_document() -> None:
+    corpus = _corpus(dict.fromkeys("abcdef", "x"))
+    few, many = corpus.split(1e-6), corpus.split(1 - 1e-6)
+    assert [len(_documents(side)) for side in (*few, *many)] == [5, 1, 1, 5]
+
+
 def test_the_split_of_a_known_document_never_changes() -> None:
     corpus = _corpus({f"{number}.txt": "x" for number in range(100)})
     assert list(_documents(corpus.split(0.05)[1])) == ["0.txt", "40.txt", "66.txt", "78.txt"]
 
 
-def test_equal_records_are_on_one_side() -> None:
-    corpus = _corpus({f"a:{number}": f"text {number % 20}" for number in range(200)}, "content")
-    train, validation = (set(_documents(side).values()) for side in corpus.split(0.3))
-    assert not train & validation
-    assert len(train | validation) == 20
+def test_equal_records_are_on_one_side_and_inserting_one_moves_no_other(tmp_path: Path) -> None:
+    texts = [f"text {number % 20}" for number in range(200)]
+    sides = []
+    for lines in (texts, ["a new one", *texts]):
+        corpus = load_corpus(str(_write_jsonl(tmp_path / "a.jsonl", lines)))
+        train, validation = (set(_documents(side).values()) for side in corpus.split(0.3))
+        assert not train & validation
+        assert train | validation == set(lines)
+        sides.append(train - {"a new one"})
+    assert sides[0] == sides[1]
 
 
 @given(st.text(min_size=2, max_size=300), fractions)

@@ -24,7 +24,7 @@ from polyak.data.corpora import load_corpus
 from polyak.data.prepare import Prepared, open_prepared, prepare
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
 from polyak.data.tokenizers import ByteTokenizer
-from polyak.data.workspace import default_cache
+from polyak.data.workspace import building, default_cache
 from polyak.errors import ConfigError, DataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -198,6 +198,27 @@ def test_a_damaged_manifest_is_one_clear_line(texts: Path, cache: Path) -> None:
             open_prepared(folder)
     with pytest.raises(DataError, match=r"cannot read .*manifest\.json"):
         open_prepared(folder / "nowhere")
+
+
+def test_a_folder_appears_by_one_rename_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "parent" / "final"
+    with building(final) as folder:
+        (folder / "a").write_text("x")
+        inode = folder.stat().st_ino
+        assert not final.exists()
+    assert final.stat().st_ino == inode  # moved, not copied
+    with building(final) as late:
+        (late / "b").write_text("y")
+    assert [path.name for path in final.iterdir()] == ["a"]  # the first one stays
+
+    def interrupted() -> None:
+        with building(tmp_path / "parent" / "other") as folder:
+            (folder / "a").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in (tmp_path / "parent").iterdir()] == ["final"]
 
 
 # --- processes ----------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from polyak.errors import ConfigError, DataError
 TRAINING = [
     "def step(self, x, state, oracle):\n    return x + self.nu * state.v\n" * 3,
     "the quick brown fox isn't quicker than the quickest brown foxes, 1234 times 5678\n\n\n" * 3,
+    "x\n\ny\n\n\nz    0\n\n\n\n  1\n" * 9,  # so that runs of line breaks become tokens
+    ".\x1c. " * 60,  # white space to Python, not to the word splitting
     f"naïve café 数学 数学 Ωμέγα {END_OF_TEXT} {END_OF_TEXT}\r\n\t\ttabs  and   spaces \n",
 ]
 BPE = BPETokenizer.train(TRAINING, 360)
@@ -39,6 +41,7 @@ both = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 texts = st.text() | st.lists(
     st.sampled_from(
         [
+            ".\x1c",
             *("the quick", " brown", "'t", "1", "23", ".", "_", "é", "数", "e\u0301", "\U0001f600"),
             *("\n", " ", "\t", "\r\n", "\x1c", "\x85", "\xa0", "\u3000", "\0"),
             *("<|", "endoftext", "|>", END_OF_TEXT, "ÿ", "Ġ"),
@@ -105,7 +108,7 @@ def test_pieces_of_a_text_encode_as_the_whole(text: str, size: int) -> None:
 
 
 def test_a_long_text_is_cut_into_pieces_and_trains_as_the_whole() -> None:
-    text = "".join(f"{number} apples and\nsome  pears.\n\n" for number in range(45_000))
+    text = "".join(f"{number % 300} apples and\nsome  pears.\n\n" for number in range(45_000))
     assert len(list(pieces(text))) == 2
     trainer = hugging_face.trainers.BpeTrainer(
         vocab_size=299,
@@ -143,6 +146,7 @@ def test_training_compresses_and_knows_its_words() -> None:
     text = "the quick brown fox"
     assert len(BPE.encode(text)) <= 6
     assert max(BPE.byte_table) >= len(" quick")
+    assert len(BPE.encode("\n\n")) == len(BPE.encode(".\x1c")) == 1
 
 
 def test_training_is_the_same_whatever_the_threads_and_hash_seed() -> None:

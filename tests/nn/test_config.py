@@ -122,9 +122,9 @@ def test_a_configuration_survives_json(
 def test_a_configuration_is_frozen_and_keyword_only() -> None:
     config = ModelConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.num_layers = 2  # type: ignore[misc]
+        config.num_layers = 2
     with pytest.raises(TypeError):
-        ModelConfig("adam")  # type: ignore[misc]
+        ModelConfig("adam")
 
 
 def test_options_given_are_copied() -> None:

@@ -284,7 +284,7 @@ def test_a_rule_whose_step_fails_is_named(tiny_config: Config, registered: Regis
 
 
 def test_a_declaration_is_not_inherited_by_a_rule_that_steps_differently() -> None:
-    class Twice(rules.get("heavy_ball")):  # type: ignore[misc]
+    class Twice(rules.get("heavy_ball")):
         def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
             return super().step(*super().step(x, state, oracle), oracle)
 

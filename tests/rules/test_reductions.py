@@ -103,7 +103,7 @@ def test_the_velocity_depends_on_the_ratio_of_beta_and_gamma_only(
     scaled.load_state_dict(model.state_dict())
     with torch.no_grad():
         for block in scaled.blocks:
-            for substep in block.rules.values():  # type: ignore[union-attr, operator]
+            for substep in block.rules.values():
                 beta, gamma = 0.37 * substep.beta, 0.37 * substep.gamma
                 substep.beta_raw.copy_(torch.logit(beta))
                 substep.gamma_raw.copy_(gamma.expm1().log())
@@ -148,7 +148,7 @@ def test_triple_momentum_is_nesterov_with_mu_allowed_past_one(
     triple = tiny_model("triple_momentum", **fields)
     nesterov = tiny_model(registered("free_nesterov", FreeNesterov), **fields)
     with torch.no_grad():
-        for substep in (s for block in triple.blocks for s in block.rules.values()):  # type: ignore[union-attr, operator]
+        for substep in (s for block in triple.blocks for s in block.rules.values()):
             substep.mu_raw.add_(2)  # μ near 0.9 …
             substep.nu_raw.sub_(2)  # … and ν well below 1, so that μ' passes 1
     nesterov.load_state_dict(triple.state_dict(), strict=False)
@@ -156,7 +156,7 @@ def test_triple_momentum_is_nesterov_with_mu_allowed_past_one(
     past_one = 0
     with torch.no_grad():
         for ours, theirs in zip(triple.blocks, nesterov.blocks, strict=True):
-            for substep, free in zip(ours.rules.values(), theirs.rules.values(), strict=True):  # type: ignore[union-attr, operator]
+            for substep, free in zip(ours.rules.values(), theirs.rules.values(), strict=True):
                 free.norm.weight.mul_(substep.nu)
                 free.mu_raw.copy_(substep.mu / previous)
                 free.rho_raw.copy_(substep.beta / substep.gamma / previous)

@@ -198,7 +198,7 @@ def test_misused_declarations_are_explained() -> None:
     with pytest.raises(RuleError, match=r"Bad.streams must be a tuple of Stream\(...\)"):
 
         class Bad(UpdateRule):
-            streams = ("v",)  # type: ignore[assignment]
+            streams = ("v",)
 
     rule = rules.get("heavy_ball")(12, 3)
     with pytest.raises(AttributeError, match="set beta_raw, the raw parameter behind 'beta'"):

@@ -70,7 +70,14 @@ def test_printing_never_uses_more_than_80_columns(width: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (999, "999"), (856_960, "857k"), (999_950, "1M"), (5_308_416, "5.31M")],
+    [
+        (None, "–"),
+        (0, "0"),
+        (999, "999"),
+        (856_960, "857k"),
+        (999_950, "1.00M"),
+        (5_308_416, "5.31M"),
+    ],
 )
 def test_quantities_have_three_digits(value: Any, text: str) -> None:
     assert compact(value) == text

@@ -13,8 +13,9 @@ from polyak.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-DESCRIPTION = """Time forward + backward of every rule's model, and every numerical kernel in its fast
-and its reference form, interleaved, in float32. Let nothing else run meanwhile.
+DESCRIPTION = """Time forward + backward of every rule's model, and every numerical kernel in
+its fast and its reference form, interleaved, in float32. Let nothing else run
+meanwhile.
 
 examples:
   polyak bench

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from polyak.study.plan import Plan
     from polyak.study.pool import Job, Message
 
-DESCRIPTION = """Train update rules side by side on the same batches and report, with intervals,
-how they compare as language models. Started again with the same --out, it goes on where it was.
+DESCRIPTION = """Train update rules side by side on the same batches and report, with
+intervals, how they compare as language models. Started again with the same
+--out, it goes on where it was.
 
 examples:
   polyak compare --quick
-  polyak compare --rules gradient_descent,triple_momentum[stream_start=zeros] --seeds 5
-  polyak compare --rules gradient_descent,my_rule.py:MyRule --corpus ~/texts --out runs/mine
-  polyak compare --quick --match seconds --sweep training.muon_lr=0.01,0.02,0.04
+  polyak compare --rules gradient_descent,nesterov[stream_start=zeros] --seeds 5
+  polyak compare --rules gradient_descent,my_rule.py:MyRule --corpus ~/texts
+  polyak compare --quick --match seconds --out runs/seconds
+  polyak compare --quick --sweep training.muon_lr=0.01,0.02,0.04
   polyak compare --quick --set model.num_layers=6 --set training.batch_size=16"""
 
 
@@ -37,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     from polyak.study.compare import compare
     from polyak.study.table import print_table
 
-    console = Console()
+    console = Console(markup=False)  # square brackets are part of entries' names
     display = TerminalDisplay(console)
     try:
         results = compare(
@@ -114,7 +116,7 @@ class TerminalDisplay:
                 else f"failed: {message['error']}"
             )
             text = f"[{self._ended}/{self._runs}] {job.entry} seed {job.seed}: {outcome}"
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text, highlight=False)
         elif "steps" in message:
             self._done[job.folder] = message["step"] / message["steps"]
         if self._bar is not None and self._task is not None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from polyak.cli._options import parse
 
-DESCRIPTION = """Print the family of update rules: equation, learned scalars, streams, and parameters
-and training FLOPs relative to gradient_descent at the size given.
+DESCRIPTION = """Print the family of update rules: equation, learned scalars, streams, and
+parameters and training FLOPs relative to gradient_descent at the size given.
 
 examples:
   polyak rules

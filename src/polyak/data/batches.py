@@ -68,8 +68,8 @@ class TrainBatches:
         return result
 
     def _block(self, start: int) -> npt.NDArray[np.integer]:
-        start %= len(self._tokens)
         block = self._tokens[start : start + self.context_length + 1]
+        # An offset below T keeps every start inside the file; only the end can pass the seam.
         if missing := self.context_length + 1 - len(block):
             block = np.concatenate([block, self._tokens[:missing]])
         return cast(npt.NDArray[np.integer], block)

@@ -10,14 +10,14 @@ from typing import Any
 # Long documents are encoded in pieces of about this many characters, which bounds memory.
 PIECE = 1 << 20
 
-_CUT = re.compile(r"\S(?:\n(?=\S)|(?= \S))")
+_CUT = re.compile(r"\S(?=[ \n])")
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """Cut a long text where the word splitting cuts anyway, so that pieces encode as the whole.
 
-    A single line break between two visible characters is a word of its own in GPT-2's
-    splitting, and a single space there belongs to what follows it: both are safe to cut at.
+    No word of GPT-2's splitting goes from a visible character on to a space or a line break, so
+    it is safe to cut before the first one of a run (but not inside the run).
     """
     start = 0
     while len(text) - start > size:

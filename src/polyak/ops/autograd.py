@@ -10,25 +10,33 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-# Longest run that one fp32 dot product sums, so that its rounding error stays near 1e-6 even
-# for the 8 million products of a D×D matrix per token.
+from polyak.ops.reference import using_reference_forms
+
+# About the longest run that one dot product sums: bounds the rounding error in fp32, and the copy
+# made of operands that are not contiguous.
 _DOT_RUN = 1 << 18
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b over all entries, without a temporary of their size."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    """Σ a·b over all entries of two tensors of one shape, without a temporary of their size."""
+    if a.dtype != b.dtype or a.dim() == 0:
         return (a * b).sum()
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.numel() <= _DOT_RUN:
-        return torch.dot(a, b)
-    runs = zip(a.split(_DOT_RUN), b.split(_DOT_RUN), strict=True)
-    return torch.stack([torch.dot(x, y) for x, y in runs]).sum()
+    rows = max(1, _DOT_RUN * a.shape[0] // max(1, a.numel()))
+    if a.shape[0] <= rows:
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    parts = zip(a.split(rows), b.split(rows), strict=True)
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in parts]).sum()
 
 
 def symmetric(a: Tensor) -> Tensor:
     """(A + Aᵀ)/2."""
     return 0.5 * (a + a.transpose(-2, -1))
+
+
+def add_to_diagonal(a: Tensor, value: Tensor | float) -> Tensor:
+    """A + value·I, without a full identity."""
+    diagonal = a.diagonal(dim1=-2, dim2=-1) + value
+    return torch.diagonal_scatter(a, diagonal, dim1=-2, dim2=-1)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -88,6 +96,25 @@ def pushforward(
     zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
     _, push = torch.func.vjp(pull, zeros)
     return push(tangents)[0]
+
+
+def plain_form_needed() -> bool:
+    """Whether an elementwise op should be plain torch code here.
+
+    So under `reference_forms()`; under torch.compile, which fuses plain code by itself; and in
+    forward mode, where torch's own layer norm is also wrong at second order (2.13: jacrev or
+    jacfwd of jacfwd drops the derivatives of mean and variance, silently).
+    """
+    return (
+        using_reference_forms() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+    )
+
+
+def to_differentiate(*tensors: Tensor) -> bool:
+    """Whether a backward pass is itself to be differentiated, in reverse or forward mode."""
+    return torch.is_grad_enabled() or any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def in_legacy_vmap(*tensors: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyak.ops.autograd import (
+    add_to_diagonal,
     batch_first,
     forward_mode,
     full_precision,
@@ -164,16 +165,10 @@ def _unpad(a: Tensor, rows: int) -> Tensor:
     return a if a.shape[-1] == rows else a[..., :rows, :rows]
 
 
-def _add_to_diagonal(a: Tensor, value: Tensor | float) -> Tensor:
-    """A + value·I, without a full identity."""
-    diagonal = a.diagonal(dim1=-2, dim2=-1) + value
-    return torch.diagonal_scatter(a, diagonal, dim1=-2, dim2=-1)
-
-
 def _quintic(gram: Tensor) -> Tensor:
     """P = aI + bG + cG²."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    return _add_to_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a)
+    return add_to_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a)
 
 
 def _polynomial(gram: Tensor, steps: int) -> Tensor:
@@ -224,7 +219,7 @@ def _vjp(y: Tensor, grad: Tensor, steps: int) -> Tensor:
     c = _outer(grad, y) * reciprocal
     q, dq = _frechet(gram, symmetric(c), steps)
     radial = moving * (q * c + 2 * dq * gram).sum(dim=(-2, -1), keepdim=True)
-    on_y = _add_to_diagonal(2 * dq, -radial[..., 0]) * reciprocal**2
+    on_y = add_to_diagonal(2 * dq, -radial[..., 0]) * reciprocal**2
     on_grad = q * reciprocal
     return torch.baddbmm(torch.bmm(_unpad(on_grad, rows), grad), _unpad(on_y, rows), y)
 

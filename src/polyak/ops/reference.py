@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -83,7 +82,7 @@ def momentum_norm_reference(
     eps: float,
 ) -> Tensor:
     """LN(βv + γg)."""
-    return F.layer_norm(beta * v + gamma * g, g.shape[-1:], weight, bias, eps)
+    return layer_norm_reference(beta * v + gamma * g, weight, bias, eps)
 
 
 def scaled_norm_add_reference(
@@ -95,7 +94,7 @@ def scaled_norm_add_reference(
     eps: float,
 ) -> Tensor:
     """x + γ LN(u)."""
-    return x + gamma * F.layer_norm(u, u.shape[-1:], weight, bias, eps)
+    return x + gamma * layer_norm_reference(u, weight, bias, eps)
 
 
 def ema_reference(beta: Tensor, m: Tensor, g: Tensor) -> Tensor:

@@ -73,6 +73,33 @@ class _Study:
     def out(self) -> Path:
         return self.plan.config.out
 
+    def plan_jobs(self) -> tuple[list[tuple[float, Job]], list[Job]]:
+        """The sweep's runs and the comparison's, as the speeds known so far have it.
+
+        Raises:
+            RunError: a folder holds a run with other settings.
+        """
+        self.steps = self.plan.steps(self.speeds)
+        sweep, jobs = self.plan.sweep_jobs(self.steps), self.plan.run_jobs(self.steps, {})
+        _check_folders(self.plan, [job for _, job in sweep] or jobs)
+        return sweep, jobs
+
+    def choose(self, sweep: Sequence[tuple[float, Job]]) -> list[Job]:
+        """The comparison's runs, each entry at its best value of the sweep.
+
+        Runs of an entry for which no value worked count as failed; the others go on.
+        """
+        self.sweeps = _choose(self.plan, sweep)
+        rates = {name: found["chosen"] for name, found in self.sweeps.items()}
+        jobs = self.plan.run_jobs(self.steps, rates)
+        for job in jobs:
+            if rates[job.entry] is None:
+                tried = [run.folder for _, run in sweep if run.entry == job.entry]
+                reason = next((self.errors[f] for f in tried if f in self.errors), "no run ended")
+                message = f"no value of {self.sweeps[job.entry]['field']} works: {reason}"
+                self.errors[job.folder] = message
+        return jobs
+
     def do(self, jobs: Sequence[Job], after_each: Callable[[], object]) -> None:
         """Run what is not finished yet."""
 
@@ -85,11 +112,12 @@ class _Study:
                 after_each()
             self.display.progress(job, message)
 
-        run_jobs(
-            [job for job in jobs if RunFolder(job.folder).result() is None],
-            side_by_side=self.plan.jobs,
-            report=report,
-        )
+        todo = [
+            job
+            for job in jobs
+            if job.folder not in self.errors and RunFolder(job.folder).result() is None
+        ]
+        run_jobs(todo, side_by_side=self.plan.jobs, report=report)
 
     def write(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Write results.json and report.html as things stand."""
@@ -133,11 +161,11 @@ def compare(
         study = _Study(
             plan, command or command_of(config), _created(config.out), display or Silent()
         )
-        study.speeds = _speeds(plan, study.display)
-        study.steps = plan.steps(study.speeds)
-        sweep = plan.sweep_jobs(study.steps)
-        jobs = plan.run_jobs(study.steps, {})
-        _check_folders(plan, [job for _, job in sweep] + ([] if sweep else jobs))
+        if config.match != "seconds":
+            study.plan_jobs()  # refuses a folder of other runs before minutes of measuring
+        study.speeds = speed.speeds_of(plan, study.display.measuring)
+        sweep, jobs = study.plan_jobs()
+        speed.keep_speeds(plan, study.speeds)
         everything = [*(job for _, job in sweep), *jobs]
         finished = sum(RunFolder(job.folder).result() is not None for job in everything)
         seconds = _estimate(everything, study.speeds, plan.jobs)
@@ -145,9 +173,7 @@ def compare(
         try:
             if sweep:
                 study.do([job for _, job in sweep], lambda: None)
-                study.sweeps = _choose(plan, sweep, study.errors)
-                chosen = {name: found["chosen"] for name, found in study.sweeps.items()}
-                jobs = plan.run_jobs(study.steps, chosen)
+                jobs = study.choose(sweep)
                 _check_folders(plan, jobs)
             study.do(jobs, lambda: study.write(jobs))
         except BaseException:
@@ -185,15 +211,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with (folder / ".lock").open("w") as lock:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"cannot write in {folder}: {error.strerror}") from error
+    with lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise RunError(
-            f"{folder} is in use by another polyak compare; wait for it, or choose another --out"
-        ) from None
-    except PermissionError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror}") from error
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another polyak compare; wait for it, or choose another "
+                "--out"
+            ) from None
+        yield
 
 
 def _created(out: Path) -> str:
@@ -208,30 +237,6 @@ def _check_folders(plan: Plan, jobs: Sequence[Job]) -> None:
         RunFolder(job.folder).check(run_settings(job.config, plan.data, validation))
 
 
-def _speeds(plan: Plan, display: Display) -> dict[str, dict[str, float]]:
-    """Speeds by entry: those measured in an earlier start, and the missing ones now."""
-    file = plan.config.out / "speeds.json"
-    wanted = {
-        entry.name: [entry.model.to_dict(), plan.base.training.batch_size, plan.threads]
-        for entry in plan.entries
-    }
-    known = read_json(file) if file.exists() else {}
-    kept = {name: found for name, found in known.items() if found["for"] == wanted.get(name)}
-    missing = [entry for entry in plan.entries if entry.name not in kept]
-    if missing:
-        tick = display.measuring(speed.ROUNDS * len(missing))
-        measured = speed.measure(
-            [plan.run_config(entry) for entry in missing],
-            plan.data,
-            threads=plan.threads or 1,
-            progress=tick,
-        )
-        for entry, found in zip(missing, measured, strict=True):
-            kept[entry.name] = {"for": wanted[entry.name], "tokens_per_second": found}
-        write_json(file, kept)
-    return {entry.name: kept[entry.name]["tokens_per_second"] for entry in plan.entries}
-
-
 def _estimate(
     jobs: Sequence[Job], speeds: Mapping[str, dict[str, float]], side_by_side: int
 ) -> float:
@@ -241,7 +246,7 @@ def _estimate(
     """
     total = 0.0
     for job in jobs:
-        if RunFolder(job.folder).result() is not None:
+        if RunFolder(job.folder).result() is not None or job.entry not in speeds:
             continue
         recipe, length = job.config.training, job.config.model.context_length
         validations = -(-recipe.steps // recipe.eval_interval)
@@ -255,9 +260,7 @@ START_UP = 6.0
 """Seconds to start a process, import torch and open the corpus."""
 
 
-def _choose(
-    plan: Plan, sweep: Sequence[tuple[float, Job]], errors: Mapping[Path, str]
-) -> dict[str, dict[str, Any]]:
+def _choose(plan: Plan, sweep: Sequence[tuple[float, Job]]) -> dict[str, dict[str, Any]]:
     """Each entry's best value: lowest mean final validation loss; diverged values are out."""
     assert plan.config.sweep is not None
     field_name, values = parse_sweep(plan.config.sweep)
@@ -272,10 +275,7 @@ def _choose(
         finite = [
             (loss, value) for loss, value in zip(losses, values, strict=True) if loss is not None
         ]
-        if not finite:
-            reason = next((text for folder, text in errors.items()), "no run finished")
-            raise RunError(f"sweep of {field_name}: every value failed for {entry.name} ({reason})")
-        best = min(finite)[1]
+        best = min(finite)[1] if finite else None
         chosen[entry.name] = {
             "field": field_name,
             "values": list(values),

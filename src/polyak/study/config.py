@@ -34,7 +34,8 @@ class CompareConfig:
     seeds: int = 3
     """Seeds per entry: 0, 1, … Intervals need at least 2."""
     steps: int | None = None
-    """Optimizer steps of the baseline; the others follow from --match. Default: 1200, quick: 600."""
+    """Optimizer steps of the baseline; the others follow from --match. Default: 1200, with
+    --quick 600."""
     match: Match = "tokens"
     """What is equal for all: `tokens`, training `flops`, `seconds` (by speeds measured first), or
     `params` (equal tokens, the baseline widened to the largest entry's parameter count)."""

@@ -90,6 +90,11 @@ def parse_entry(text: str, base: ModelConfig) -> Entry:
         if key in given:
             raise ConfigError(f"rules: {key!r} is set twice in {text!r}; remove one")
         given.add(key)
+        if key == "context_length":
+            raise ConfigError(
+                f"rules: {text!r}: entries that differ in context_length would not see the same "
+                "batches; set it for all, with --set model.context_length=N"
+            )
         if key in fields and key != "rule":
             settings[key] = value
         elif (option := key.removeprefix("rule_options.")) in _all_options(rule, options):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polyak.data.batches import TrainBatches
 from polyak.data.prepare import Prepared, prepare
 from polyak.errors import ConfigError
 from polyak.files import sha256_of
@@ -24,7 +25,7 @@ from polyak.study.config import (
 from polyak.study.entries import Entry, parse_entries, widened
 from polyak.study.pool import Job
 from polyak.training.config import TrainingConfig
-from polyak.training.loop import device_of
+from polyak.training.loop import check_vocabulary, device_of, validation_set
 from polyak.training.run_config import RunConfig
 from polyak.training.runs import available_cores
 
@@ -64,7 +65,8 @@ class Plan:
         """Optimizer steps of each entry under `match`, by name.
 
         Args:
-            speeds: measured tokens per second by entry; only `seconds` uses them.
+            speeds: measured tokens per second by entry; only `seconds` uses them. An entry that
+                has none, because it cannot train, gets the baseline's steps.
         """
         steps = self.base.training.steps
         if self.config.match in ("tokens", "params"):
@@ -74,11 +76,12 @@ class Plan:
             if self.config.match == "flops":
                 prices[entry.name] = float(cost(entry.model).training_flops_per_token)
             else:
-                prices[entry.name] = 1 / speeds[entry.name]["median"]
+                speed = speeds.get(entry.name, speeds[self.baseline.name])
+                prices[entry.name] = 1 / speed["median"]
         budget = steps * prices[self.baseline.name]
         return {name: max(1, round(budget / price)) for name, price in prices.items()}
 
-    def run_jobs(self, steps: dict[str, int], rates: dict[str, float]) -> list[Job]:
+    def run_jobs(self, steps: dict[str, int], rates: Mapping[str, float | None]) -> list[Job]:
         """All runs, seed by seed so that pairs are complete early.
 
         Args:
@@ -149,20 +152,26 @@ def make_plan(config: CompareConfig) -> Plan:
         PolyakError: any bad input.
     """
     base = _base(config)
+    rules = QUICK_RULES if config.quick else FULL_RULES if config.rules is None else config.rules
+    parse_entries(rules, base.model)  # before the corpus, which can take minutes
+    if config.sweep is not None:
+        parse_sweep(config.sweep)
+    device = device_of(config.device)
     data = prepare(base.corpus, base.tokenizer, text_field=base.text_field)
     if base.model.vocab_size != data.tokenizer.vocab_size and not any(
         assignment.startswith("model.vocab_size") for assignment in config.set
     ):
         base = replace_at(base, "model.vocab_size", data.tokenizer.vocab_size)
-    rules = config.rules if config.rules is not None else FULL_RULES
-    entries = parse_entries(QUICK_RULES if config.quick else rules, base.model)
+    validation_set(base, data)  # these two raise where the corpus is too short
+    TrainBatches(data.train, base.model.context_length, base.training.batch_size, seed=0)
+    entries = parse_entries(rules, base.model)
     notes = []
     if config.match == "params":
         entries, note = _match_parameters(entries)
         notes.append(note)
-    if config.sweep is not None:
-        parse_sweep(config.sweep)
-    device = device_of(config.device)
+    for entry in entries:
+        check_vocabulary(entry.model, data)
+        cost(entry.model)  # runs a user's step, which may fail
     jobs = config.jobs or (1 if device.type == "cuda" else available_cores())
     threads = max(1, available_cores() // jobs) if device.type == "cpu" else None
     return Plan(config, base, data, entries, jobs, threads, notes)
@@ -215,8 +224,6 @@ def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]
 
 def corpus_summary(plan: Plan) -> dict[str, object]:
     """The corpus as results.json records it."""
-    from polyak.training.loop import validation_set
-
     data, validation = plan.data, validation_set(plan.base, plan.data)
     return {
         "name": data.manifest["corpus"]["name"],

@@ -185,10 +185,10 @@ def limits(plan: Plan, results: Mapping[str, Any]) -> list[str]:
     tokens = results["entries"][0]["steps"] * plan.base.training.batch_size
     tokens *= plan.base.model.context_length
     said = [
-        f"These are models of {first / 1e6:.2g} million parameters after {tokens / 1e6:.2g} million "
-        "tokens. Momentum is known to start behind and cross later, and effects can shrink, grow "
-        "or change sign with size and length; this says nothing about models a hundred times "
-        "larger.",
+        f"These are models of {first / 1e6:.2g} million parameters after {tokens / 1e6:.2g} "
+        "million tokens. Momentum is known to start behind and cross later, and effects can "
+        "shrink, grow or change sign with size and length; this says nothing about models a "
+        "hundred times larger.",
         "The intervals cover chance in the initial weights and the data order. They do not cover "
         "the choice of corpus, model size, training length or learning rates.",
     ]
@@ -201,9 +201,9 @@ def limits(plan: Plan, results: Mapping[str, Any]) -> list[str]:
     if more:
         listed = ", ".join(f"{name} {100 * share:+.1f}%" for name, share in more.items())
         said.append(
-            f"Parameters are not equal: relative to {plan.baseline.name}, {listed}. A velocity that "
-            "starts from its own tables also adds a second input embedding; the zero-start entry "
-            "is the control for that, --match params the control for size."
+            f"Parameters are not equal: relative to {plan.baseline.name}, {listed}. A velocity "
+            "that starts from its own tables also adds a second input embedding; the zero-start "
+            "entry is the control for that, --match params the control for size."
         )
     if plan.config.match == "tokens":
         said.append(
@@ -211,9 +211,9 @@ def limits(plan: Plan, results: Mapping[str, Any]) -> list[str]:
         )
     if plan.jobs > 1:
         said.append(
-            f"Runs went {plan.jobs} at a time with {plan.threads} CPU thread(s) each, so seconds on "
-            "the curves include what they took from each other; the tokens/s column was measured "
-            "beforehand, interleaved, one entry at a time."
+            f"Runs went {plan.jobs} at a time with {plan.threads} CPU thread(s) each, so seconds "
+            "on the curves include what they took from each other; the tokens/s column was "
+            "measured beforehand, interleaved, one entry at a time."
         )
     if plan.config.seeds < 3:
         said.append("With fewer than 3 seeds an interval is missing or very wide.")

@@ -24,6 +24,7 @@ from polyak.nn.transformer import Transformer
 from polyak.rules._registry import source_of
 from polyak.training.metrics import MetricsLog
 from polyak.training.optimizers import Optimizers, cosine_with_warmup, parameter_groups
+from polyak.training.rule_check import check_rule
 from polyak.training.run_config import RunConfig
 from polyak.training.runs import RunFolder, peak_memory_bytes, save_model
 
@@ -63,6 +64,7 @@ class Trainer:
     Raises:
         ConfigError: the tokenizer's vocabulary is not the model's.
         DataError: the corpus is shorter than one block.
+        RuleError: a user's rule fails, or returns something else than (x, state).
     """
 
     def __init__(self, config: RunConfig, data: Prepared) -> None:
@@ -71,6 +73,7 @@ class Trainer:
         self.device = device_of(config.device)
         torch.manual_seed(self.recipe.seed)
         self.model = Transformer(config.model).to(self.device)
+        check_rule(self.model)
         self.optimizers = Optimizers(self.model, self.recipe)
         self.parameters = [p for group in parameter_groups(self.model).values() for p in group]
         self.batches = TrainBatches(
@@ -144,10 +147,19 @@ def validation_loss(model: Transformer, batches: ValidationBatches, device: torc
 
 
 def validation_set(config: RunConfig, data: Prepared) -> ValidationBatches:
-    """The one fixed set that everything compared is measured on."""
-    return ValidationBatches(
-        data.validation, config.model.context_length, 32, config.training.eval_tokens
-    )
+    """The one fixed set that everything compared is measured on.
+
+    Raises:
+        ConfigError: `eval_tokens` is less than one block.
+        DataError: the validation side of the corpus is shorter than one block.
+    """
+    length, tokens = config.model.context_length, config.training.eval_tokens
+    if tokens < length:
+        raise ConfigError(
+            f"eval_tokens={tokens} is less than one block of context_length={length}; "
+            f"set training.eval_tokens to at least {length}"
+        )
+    return ValidationBatches(data.validation, length, 32, tokens)
 
 
 def run_settings(
