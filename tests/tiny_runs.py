@@ -27,7 +27,7 @@ SETTINGS = [
 def write_corpus(folder: Path, lines: int = 400) -> Path:
     """A text file of made-up sentences, always the same."""
     draw = random.Random(0)
-    words = "the quick brown fox jumps over a lazy dog while momentum grows along depth".split()
+    words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "in", "depth")
     text = "\n".join(" ".join(draw.choices(words, k=12)) for _ in range(lines))
     path = folder / "corpus.txt"
     path.write_text(text, encoding="utf-8")
@@ -39,7 +39,7 @@ def run_config(corpus: Path, rule: str = "gradient_descent", **fields: Any) -> R
     model = {key: value for key, value in fields.items() if key in ModelConfig.__slots__}
     training = {key: value for key, value in fields.items() if key not in model}
     return RunConfig(
-        model=ModelConfig(rule=rule, **{**MODEL, "vocab_size": 257, **model}),
+        model=ModelConfig(rule=rule, **{**MODEL, "vocab_size": 256, **model}),
         training=TrainingConfig(**{**TRAINING, "steps": 6, **training}),
         corpus=str(corpus),
         device="cpu",

@@ -226,8 +226,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("width", [390, 800, 1280])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "theme"), [(390, "light"), (390, "dark"), (800, "light"), (1280, "dark")]
+)
 def test_a_browser_shows_the_page(
     browser: Any, pages: dict[str, Path], case: str, width: int, theme: str
 ) -> None:

@@ -3,8 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from tests.tiny_runs import write_corpus
+from tiny_runs import write_corpus
 
 
 @pytest.fixture(autouse=True)

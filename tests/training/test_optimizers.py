@@ -94,9 +94,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
     assert set(found) == set(trainable)
     assert all(p.ndim == 2 for p in groups["matrices"])
     assert len(groups["matrices"]) == 4 * SIZE["num_layers"]
-    assert (not groups["scalars"]) == (bool(options) or not declared.present_scalars(
-        declared.resolve({})
-    ))
+    assert (not groups["scalars"]) == (
+        bool(options) or not declared.present_scalars(declared.resolve({}))
+    )
 
 
 class Odd(UpdateRule):
@@ -109,7 +109,7 @@ class Odd(UpdateRule):
         self.row = nn.Parameter(torch.zeros(8))
 
     def step(self, x: Tensor, state: Any, oracle: Any) -> tuple[Tensor, Any]:
-        return x + oracle(x) @ self.square + self.row + self.cube.sum(), state
+        return x + (1 + self.cube.sum()) * oracle(x) @ self.square + self.row, state
 
 
 def test_whatever_a_users_rule_learns_is_trained(registered: Any) -> None:

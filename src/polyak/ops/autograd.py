@@ -9,12 +9,31 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from polyak.ops.reference import using_reference_forms
 
 # About the longest run that one dot product sums: bounds the rounding error in fp32, and the copy
 # made of operands that are not contiguous.
 _DOT_RUN = 1 << 18
+
+
+def apply(function: Any, *inputs: Any) -> Any:
+    """`function.apply(*inputs)`: torch leaves it without types."""
+    return function.apply(*inputs)
+
+
+def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp` without auxiliary outputs: (outputs, cotangents → gradients)."""
+    outputs, pull = torch.func.vjp(function, *primals)[:2]
+    return outputs, pull
+
+
+def with_batch(tensor: Tensor, *like: Tensor) -> Tensor:
+    """`tensor` (..., m, n) expanded to the leading dimensions it shares with `like`."""
+    shapes: Any = torch.broadcast_shapes  # torch leaves it without types
+    batch = shapes(*(t.shape[:-2] for t in (tensor, *like)))
+    return tensor.expand(*batch, -1, -1)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -24,7 +43,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     rows = max(1, _DOT_RUN * a.shape[0] // max(1, a.numel()))
     if a.shape[0] <= rows:
         return torch.dot(a.reshape(-1), b.reshape(-1))
-    parts = zip(a.split(rows), b.split(rows), strict=True)
+    parts = zip(torch.split(a, rows), torch.split(b, rows), strict=True)
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in parts]).sum()
 
 
@@ -63,7 +82,7 @@ def by_tokens(
     """
     if tensors[0].shape[0] <= tokens:
         return function(*tensors)
-    slices = zip(*(t.split(tokens) for t in tensors), strict=True)
+    slices = zip(*(torch.split(t, tokens) for t in tensors), strict=True)
     parts = zip(*(function(*part) for part in slices), strict=True)
     return tuple(torch.cat(part) for part in parts)
 
@@ -73,16 +92,23 @@ def zero_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
+def _unpack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor's (primal, tangent) at the current forward-mode level."""
+    unpack: Any = forward_ad.unpack_dual
+    primal, tangent = unpack(tensor)
+    return primal, tangent
+
+
 @contextmanager
 def forward_mode(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The saved tensors' primal values, with forward mode on, for use inside `Function.jvp`.
 
     torch switches forward mode off inside `jvp`, for every nested level and not only the one
-    being computed, so jacfwd(jacfwd(f)) would silently lose the outer tangents (torch 2.13).
-    With the level's own tangents stripped, switching it on again is safe.
+    being computed, so jacfwd(jacfwd(f)) would silently lose the outer tangents (pytorch issue
+    197867).  With the level's own tangents stripped, switching it on again is safe.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        yield tuple(forward_ad.unpack_dual(t).primal for t in saved)
+        yield tuple(_unpack(t)[0] for t in saved)
 
 
 def pushforward(
@@ -92,9 +118,8 @@ def pushforward(
 
     torch.func.jvp cannot be called inside `Function.jvp`: dual levels do not nest.
     """
-    outputs, pull = torch.func.vjp(function, *primals)
-    zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
-    _, push = torch.func.vjp(pull, zeros)
+    outputs, pull = vjp(function, *primals)
+    _, push = vjp(pull, tree_map(torch.zeros_like, outputs))
     return push(tangents)[0]
 
 
@@ -102,8 +127,7 @@ def plain_form_needed() -> bool:
     """Whether an elementwise op should be plain torch code here.
 
     So under `reference_forms()`; under torch.compile, which fuses plain code by itself; and in
-    forward mode, where torch's own layer norm is also wrong at second order (2.13: jacrev or
-    jacfwd of jacfwd drops the derivatives of mean and variance, silently).
+    forward mode, which then needs no rule of ours.
     """
     return (
         using_reference_forms() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
@@ -112,9 +136,7 @@ def plain_form_needed() -> bool:
 
 def to_differentiate(*tensors: Tensor) -> bool:
     """Whether a backward pass is itself to be differentiated, in reverse or forward mode."""
-    return torch.is_grad_enabled() or any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return torch.is_grad_enabled() or any(_unpack(t)[1] is not None for t in tensors)
 
 
 def in_legacy_vmap(*tensors: Tensor) -> bool:

@@ -7,6 +7,7 @@ product an iteration, and X itself is never formed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     add_to_diagonal,
+    apply,
     batch_first,
     by_tokens,
     forward_mode,
@@ -21,6 +23,8 @@ from polyak.ops.autograd import (
     in_legacy_vmap,
     pushforward,
     symmetric,
+    vjp,
+    with_batch,
     zero_if_none,
 )
 from polyak.ops.reference import (
@@ -55,14 +59,14 @@ def inverse_sqrt_apply(m: Tensor, r: Tensor, steps: int = 10) -> Tensor:
     assert steps >= 1, "the inverse square root needs at least one iteration"
     if using_reference_forms():
         return inverse_sqrt_apply_reference(m, r, steps)
-    batch = torch.broadcast_shapes(m.shape[:-2], r.shape[:-2])
+    m, r = with_batch(m, r), with_batch(r, m)
     dtype = torch.promote_types(m.dtype, r.dtype)
     working = torch.promote_types(dtype, torch.float32)
     with full_precision(m.device):
-        flat_m = m.to(working).expand(*batch, -1, -1).reshape(-1, *m.shape[-2:])
-        flat_r = r.to(working).expand(*batch, -1, -1).reshape(-1, *r.shape[-2:])
-        result: Tensor = _InverseSqrt.apply(flat_m, flat_r, steps)
-    return result.reshape(*batch, *m.shape[-2:]).to(dtype)
+        flat_m = m.to(working).reshape(-1, *m.shape[-2:])
+        flat_r = r.to(working).reshape(-1, *r.shape[-2:])
+        result: Tensor = apply(_InverseSqrt, flat_m, flat_r, steps)
+    return result.reshape(m.shape).to(dtype)
 
 
 def inverse_sqrt_apply_flops(heads: int, head_dim: int, steps: int = 10) -> tuple[int, int]:
@@ -93,7 +97,7 @@ class _InverseSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         m, r = ctx.saved_tensors
-        return *_InverseSqrtVjp.apply(m, r, grad, ctx.steps), None
+        return *apply(_InverseSqrtVjp, m, r, grad, ctx.steps), None
 
     @staticmethod
     def jvp(ctx: Any, m_tangent: Tensor | None, r_tangent: Tensor | None, _: None) -> Tensor:
@@ -106,7 +110,7 @@ class _InverseSqrt(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], m: Tensor, r: Tensor, steps: int
     ) -> tuple[Tensor, int]:
         m, r = batch_first(info.batch_size, in_dims, m, r)
-        flat = _InverseSqrt.apply(m.flatten(0, 1), r.flatten(0, 1), steps)
+        flat = apply(_InverseSqrt, m.flatten(0, 1), r.flatten(0, 1), steps)
         return flat.unflatten(0, m.shape[:2]), 0
 
 
@@ -133,7 +137,7 @@ class _InverseSqrtVjp(torch.autograd.Function):
     def backward(ctx: Any, m_bar: Tensor, r_bar: Tensor) -> tuple[Tensor | None, ...]:
         def pull(*operands: Tensor) -> tuple[Tensor, ...]:
             *primals, m_bar, r_bar = operands
-            _, back = torch.func.vjp(lambda *p: _plain_vjp(*p, ctx.steps), *primals)
+            _, back = vjp(partial(_plain_vjp, steps=ctx.steps), *primals)
             gradients: tuple[Tensor, ...] = back((m_bar, r_bar))
             return gradients
 
@@ -145,14 +149,17 @@ class _InverseSqrtVjp(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         with forward_mode(*ctx.saved_tensors) as primals:
             filled = tuple(zero_if_none(t, p) for t, p in zip(tangents, primals, strict=False))
-            return pushforward(lambda *p: _plain_vjp(*p, ctx.steps), primals, filled)
+            result: tuple[Tensor, ...] = pushforward(
+                partial(_plain_vjp, steps=ctx.steps), primals, filled
+            )
+            return result
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], m: Tensor, r: Tensor, grad: Tensor, steps: int
     ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
         m, r, grad = batch_first(info.batch_size, in_dims, m, r, grad)
-        flat = _InverseSqrtVjp.apply(m.flatten(0, 1), r.flatten(0, 1), grad.flatten(0, 1), steps)
+        flat = apply(_InverseSqrtVjp, m.flatten(0, 1), r.flatten(0, 1), grad.flatten(0, 1), steps)
         return tuple(t.unflatten(0, m.shape[:2]) for t in flat), (0, 0)
 
 

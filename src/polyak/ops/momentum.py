@@ -7,13 +7,14 @@ the plain reference takes over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyak.ops.autograd import dot, plain_form_needed, to_differentiate
+from polyak.ops.autograd import apply, dot, plain_form_needed, to_differentiate, vjp
 from polyak.ops.reference import (
     axpby_reference,
     axpy_reference,
@@ -30,7 +31,7 @@ def axpy(scale: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """
     if plain_form_needed() or scale.numel() != 1 or v.shape != x.shape:
         return axpy_reference(scale, v, x)
-    result: Tensor = _Axpy.apply(scale, v, x)
+    result: Tensor = apply(_Axpy, scale, v, x)
     return result
 
 
@@ -41,20 +42,25 @@ def axpby(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
     """
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return axpby_reference(beta, v, gamma, g)
-    result: Tensor = _Axpby.apply(beta, v, gamma, g)
+    result: Tensor = apply(_Axpby, beta, v, gamma, g)
     return result
 
 
 def layer_norm(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return LN(u) = (u − mean u)/√(var u + eps)·weight + bias over the last dimension.
 
-    torch's own kernel, except in forward mode, where that one is wrong at second order.
+    torch's kernel for the value and the first gradient only: its higher derivatives are silently
+    wrong in several transforms (pytorch issues 196700 and 175754, and jacrev of jacrev with respect
+    to weight and input, torch 2.13), so those come from the plain equation.
 
     Shapes: u (..., d), weight and bias (d,) or None.
     """
-    if plain_form_needed() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
+    if plain_form_needed():
         return layer_norm_reference(u, weight, bias, eps)
-    return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
+    result: Tensor = apply(_LayerNorm, u, weight, bias, eps)
+    return result
 
 
 def momentum_norm(
@@ -72,7 +78,7 @@ def momentum_norm(
     """
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return momentum_norm_reference(beta, v, gamma, g, weight, bias, eps)
-    result: Tensor = _MomentumNorm.apply(beta, v, gamma, g, weight, bias, eps)
+    result: Tensor = apply(_MomentumNorm, beta, v, gamma, g, weight, bias, eps)
     return result
 
 
@@ -90,7 +96,7 @@ def scaled_norm_add(
     """
     if plain_form_needed() or gamma.numel() != 1 or x.shape != u.shape:
         return scaled_norm_add_reference(x, gamma, u, weight, bias, eps)
-    result: Tensor = _ScaledNormAdd.apply(x, gamma, u, weight, bias, eps)
+    result: Tensor = apply(_ScaledNormAdd, x, gamma, u, weight, bias, eps)
     return result
 
 
@@ -144,6 +150,26 @@ def _axpby_gradients(
     )
 
 
+class _LayerNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, bias = ctx.saved_tensors
+        if to_differentiate(grad, u):
+            return *_reference_gradients(layer_norm_reference, grad, ctx), None
+        return *_layer_norm_gradients(grad, u, weight, bias, ctx.eps), None
+
+
 class _MomentumNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -169,7 +195,7 @@ class _MomentumNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         beta, v, gamma, g, weight, bias = ctx.saved_tensors
         if to_differentiate(grad, beta, v, gamma, g):
-            return _reference_gradients(momentum_norm_reference, grad, ctx)
+            return *_reference_gradients(momentum_norm_reference, grad, ctx), None
         u = torch.addcmul(beta * v, gamma, g)
         u_grad, *affine = _layer_norm_gradients(grad, u, weight, bias, ctx.eps)
         inputs = (beta, v, gamma, g)
@@ -192,11 +218,61 @@ class _ScaledNormAdd(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.eps = inputs
+        _, *tensors, ctx.eps = inputs
         ctx.save_for_backward(*tensors)
-        # The sum's own value is not needed to differentiate it: keep a placeholder's worth of x.
-        ctx.x_needed = False
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError
+        gamma, u, weight, bias = ctx.saved_tensors
+        if to_differentiate(grad, gamma, u):
+            return grad, *_reference_gradients(_scaled_norm, grad, ctx), None
+        # γ is folded into the affine map, so its gradient is a sum over d numbers, not over x.
+        scaled_weight = gamma.expand(u.shape[-1:]) if weight is None else gamma * weight
+        scaled_bias = torch.zeros_like(scaled_weight) if bias is None else gamma * bias
+        u_grad, by_weight, by_bias = _layer_norm_gradients(
+            grad, u, scaled_weight, scaled_bias, ctx.eps
+        )
+        gamma_grad = (by_weight if weight is None else by_weight * weight).sum()
+        if bias is not None:
+            gamma_grad = gamma_grad + (by_bias * bias).sum()
+        return (
+            grad,
+            gamma_grad.reshape(gamma.shape),
+            u_grad,
+            None if weight is None else gamma * by_weight,
+            None if bias is None else gamma * by_bias,
+            None,
+        )
+
+
+def _scaled_norm(
+    gamma: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return gamma * layer_norm_reference(u, weight, bias, eps)
+
+
+def _layer_norm_gradients(
+    grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    """Gradients of LN with respect to u, weight and bias; mean and variance are recomputed."""
+    shape = u.shape[-1:]
+    _, mean, rstd = torch.native_layer_norm(u, shape, weight, bias, eps)
+    mask = (True, weight is not None, bias is not None)
+    return torch.ops.aten.native_layer_norm_backward(
+        grad.to(u.dtype), u, shape, mean, rstd, weight, bias, mask
+    )
+
+
+def _reference_gradients(
+    function: Callable[..., Tensor], grad: Tensor, ctx: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a reference form at the saved tensors, differentiable as often as wanted."""
+    saved = ctx.saved_tensors
+
+    def restored(*values: Tensor) -> Tensor:
+        remaining = iter(values)
+        return function(*(None if t is None else next(remaining) for t in saved), ctx.eps)
+
+    _, pull = vjp(restored, *(t for t in saved if t is not None))
+    found = iter(pull(grad))
+    return tuple(None if t is None else next(found) for t in saved)

@@ -7,6 +7,7 @@ polynomials in G: symmetric and commuting.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     add_to_diagonal,
+    apply,
     batch_first,
     forward_mode,
     full_precision,
     pushforward,
     symmetric,
+    vjp,
     zero_if_none,
 )
 from polyak.ops.reference import (
@@ -52,7 +55,7 @@ def newton_schulz(y: Tensor, steps: int = 5) -> Tensor:
         wide = y if y.shape[-2] <= y.shape[-1] else y.transpose(-2, -1)
         working = torch.promote_types(y.dtype, torch.float32)
         flat = wide.to(working).reshape(-1, *wide.shape[-2:])
-        result: Tensor = _NewtonSchulz.apply(flat, steps).reshape(wide.shape)
+        result: Tensor = apply(_NewtonSchulz, flat, steps).reshape(wide.shape)
         return (result if wide.shape == y.shape else result.transpose(-2, -1)).to(y.dtype)
 
 
@@ -85,7 +88,7 @@ class _NewtonSchulz(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return _NewtonSchulzVjp.apply(y, grad, ctx.steps), None
+        return apply(_NewtonSchulzVjp, y, grad, ctx.steps), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -95,7 +98,7 @@ class _NewtonSchulz(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], y: Tensor, steps: int) -> tuple[Tensor, int]:
         (y,) = batch_first(info.batch_size, in_dims, y)
-        return _NewtonSchulz.apply(y.flatten(0, 1), steps).unflatten(0, y.shape[:2]), 0
+        return apply(_NewtonSchulz, y.flatten(0, 1), steps).unflatten(0, y.shape[:2]), 0
 
 
 class _NewtonSchulzVjp(torch.autograd.Function):
@@ -118,14 +121,14 @@ class _NewtonSchulzVjp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None]:
         y, grad = ctx.saved_tensors
-        _, pull = torch.func.vjp(lambda y, grad: _vjp(y, grad, ctx.steps), y, grad)
+        _, pull = vjp(partial(_vjp, steps=ctx.steps), y, grad)
         return *pull(cotangent), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         with forward_mode(*ctx.saved_tensors) as primals:
             filled = tuple(zero_if_none(t, p) for t, p in zip(tangents, primals, strict=False))
-            result: Tensor = pushforward(lambda *p: _vjp(*p, ctx.steps), primals, filled)
+            result: Tensor = pushforward(partial(_vjp, steps=ctx.steps), primals, filled)
             return result
 
     @staticmethod
@@ -133,7 +136,7 @@ class _NewtonSchulzVjp(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], y: Tensor, grad: Tensor, steps: int
     ) -> tuple[Tensor, int]:
         y, grad = batch_first(info.batch_size, in_dims, y, grad)
-        flat = _NewtonSchulzVjp.apply(y.flatten(0, 1), grad.flatten(0, 1), steps)
+        flat = apply(_NewtonSchulzVjp, y.flatten(0, 1), grad.flatten(0, 1), steps)
         return flat.unflatten(0, y.shape[:2]), 0
 
 

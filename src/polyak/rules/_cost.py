@@ -28,11 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from polyak import ops
 from polyak.errors import RuleError
+from polyak.ops.gram import gram_ema_flops
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply_flops
 from polyak.ops.newton_schulz import newton_schulz_flops
 
 if TYPE_CHECKING:
     from polyak.rules._base import UpdateRule
+
+# torch 2.13 counts a batched product that adds in place as nothing
+flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,9 @@ def shampoo_cost(heads: int, head_dim: int) -> StepCost:
     d, gram, steps = heads * head_dim, head_dim * head_dim, 10
     # the average: 3 D²; R', its square and R'/n: 3 D² + 3; an iteration: 3I − …, ½X; result: d
     elements = 3 * gram + 3 * gram + 3 + steps * 2 * gram + d
-    forward, backward = inverse_sqrt_apply_flops(heads, head_dim, steps)
-    product = 2 * heads * gram  # GᵀG; backward, one product for each G
-    return StepCost(elements, product + forward, 2 * product + backward)
+    average = gram_ema_flops(heads, head_dim)
+    root = inverse_sqrt_apply_flops(heads, head_dim, steps)
+    return StepCost(elements, average[0] + root[0], average[1] + root[1])
 
 
 def measure(

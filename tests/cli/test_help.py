@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import environment, polyak
+
+from polyak.cli.main import COMMANDS
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
+def test_help_is_quick_has_examples_and_fits_80_columns(words: list[str], tmp_path: Path) -> None:
+    # the entry point itself, in a process that tells afterwards what it has imported
+    program = (
+        "import sys; from polyak.cli.main import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print('torch' in sys.modules, code or 0, file=sys.stderr)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stderr.split() == ["False", "0"]
+    assert "examples" in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert polyak(*words, cwd=tmp_path, cache=tmp_path).returncode == 0
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_every_option_is_explained(tmp_path: Path) -> None:
+    for name in COMMANDS:
+        text = polyak(name, "--help", cwd=tmp_path, cache=tmp_path).stdout
+        options = [line for line in text.splitlines() if line.startswith("│ --")]
+        assert options
+        assert text.count("(default:") + text.count("(repeatable)") >= len(options), name
+
+
+def test_version_and_no_command(tmp_path: Path) -> None:
+    import polyak as package
+
+    found = polyak("--version", cwd=tmp_path, cache=tmp_path)
+    assert found.stdout == f"polyak {package.__version__}\n"
+    assert found.returncode == 0
+    nothing = polyak(cwd=tmp_path, cache=tmp_path)
+    assert nothing.returncode == 2
+    assert nothing.stdout.startswith("usage: polyak COMMAND")
