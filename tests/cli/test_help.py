@@ -57,3 +57,17 @@ def test_version_and_no_command(tmp_path: Path) -> None:
     nothing = polyak(cwd=tmp_path, cache=tmp_path)
     assert nothing.returncode == 2
     assert nothing.stdout.startswith("usage: polyak COMMAND")
+
+
+def test_a_terminal_without_utf8_gets_help_and_one_line_errors(tmp_path: Path) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    for name in COMMANDS:
+        found = polyak(name, "--help", cwd=tmp_path, cache=tmp_path, **ascii_only)
+        assert found.returncode == 0, found.stderr
+        assert found.stderr == ""
+        assert max(map(len, found.stdout.splitlines())) <= 80
+    wrong = polyak("compare", "--corpos", "x", cwd=tmp_path, cache=tmp_path, **ascii_only)
+    assert wrong.stderr == (
+        "polyak compare: Unrecognized options: --corpos, x; did you mean --corpus?\n"
+    )
+    assert wrong.returncode == 2

@@ -6,11 +6,14 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 Config = TypeVar("Config")
+COLOR = r"\x1b\[[0-9;]*m"
 
 
 def parse(kind: type[Config], command: str, words: Sequence[str], description: str) -> Config:
@@ -31,7 +34,8 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
     if not {"-h", "--help"} & set(words):
         os.environ["COLUMNS"] = "1000"  # so that an error is not wrapped inside its box
     try:
-        with contextlib.redirect_stderr(errors):
+        narrow = cast(TextIO, _Narrow(sys.stdout))
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(narrow):
             return tyro.cli(
                 kind,
                 prog=f"polyak {command}",
@@ -49,11 +53,32 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
             os.environ["COLUMNS"] = columns
 
 
+class _Narrow:
+    """Standard output that wraps lines wider than the terminal: tyro joins the description's."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        width = max(80, shutil.get_terminal_size().columns)
+        lines = text.split("\n")
+        for place, line in enumerate(lines):
+            if len(re.sub(COLOR, "", line)) > width:
+                lines[place] = textwrap.fill(
+                    line, width, break_long_words=False, break_on_hyphens=False
+                )
+        return self._stream.write("\n".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _one_line(box: str) -> str:
     """The message inside tyro's error box: without the box, and without the option's help text."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    plain = re.sub(COLOR, "", box)
     lines = [line.strip("│╭╮╰╯─┃ \t") for line in plain.splitlines()]
-    words = " ".join(line for line in lines if line)
+    # without UTF-8, tyro draws with "-"
+    words = " ".join(line for line in lines if line.strip("-"))
     words = re.sub(r"\s*(Argument helptext:|For full helptext|Got errors:).*$", "", words)
     words = re.sub(r"\s*Perhaps you meant:\s*(--\S+).*$", r"; did you mean \1?", words)
     titles = r"(Value error|Parsing error|Invalid choice|Unrecognized options(?!:))"

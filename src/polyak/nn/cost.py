@@ -1,9 +1,10 @@
 r"""What a model costs: parameters, FLOPs, elementwise work and state, from its configuration.
 
 Matrix products are counted as `torch.utils.flop_counter.FlopCounterMode` counts them on the meta
-device (2mnk; there scaled-dot-product attention runs as its plain matrix products, so torch needs
-no formula added): attention as the full T² square, causal or not, and its backward pass as four
-products. A flash kernel computes the scores once more in backward and may skip the masked half.
+device, 2mnk each. Attention is the full T² square, causal or not, and its backward pass four
+products: on the meta device it runs as plain matrix products. (A flash kernel computes the scores
+once more in backward and may skip the masked half.) The one formula torch lacks, of an in-place
+`baddbmm_`, is registered by `polyak.rules._cost`.
 With T the context length, d the width and V the vocabulary, one token's forward pass takes
 
     layers · (2·3d² + 2·d² + 4·T·d + 16d²) + 2dV + the rule's own products,

@@ -6,12 +6,13 @@ value and gradient.
 
 from __future__ import annotations
 
-from polyak.ops.gram import gram_ema
-from polyak.ops.inverse_sqrt import inverse_sqrt_apply
+from polyak.ops.gram import gram_ema, gram_ema_flops
+from polyak.ops.inverse_sqrt import inverse_sqrt_apply, inverse_sqrt_apply_flops
 from polyak.ops.moments import ema, ema_square, rms_scale
 from polyak.ops.momentum import axpby, axpy, layer_norm, momentum_norm, scaled_norm_add
-from polyak.ops.newton_schulz import newton_schulz
+from polyak.ops.newton_schulz import newton_schulz, newton_schulz_flops
 from polyak.ops.orthogonal import orthogonalize
+from polyak.ops.pairs import PAIRS, Pair
 from polyak.ops.reference import (
     axpby_reference,
     axpy_reference,
@@ -30,6 +31,8 @@ from polyak.ops.reference import (
 )
 
 __all__ = [
+    "PAIRS",
+    "Pair",
     "axpby",
     "axpby_reference",
     "axpy",
@@ -39,14 +42,17 @@ __all__ = [
     "ema_square",
     "ema_square_reference",
     "gram_ema",
+    "gram_ema_flops",
     "gram_ema_reference",
     "inverse_sqrt_apply",
+    "inverse_sqrt_apply_flops",
     "inverse_sqrt_apply_reference",
     "layer_norm",
     "layer_norm_reference",
     "momentum_norm",
     "momentum_norm_reference",
     "newton_schulz",
+    "newton_schulz_flops",
     "newton_schulz_reference",
     "orthogonalize",
     "orthogonalize_reference",

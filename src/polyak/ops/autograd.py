@@ -23,6 +23,21 @@ def apply(function: Any, *inputs: Any) -> Any:
     return function.apply(*inputs)
 
 
+# torch's own lazy form of torch.compiler.disable, which would import the compiler (a second or
+# more) as soon as it decorates something.
+_outside_graphs: Any = torch._disable_dynamo(apply)
+
+
+def apply_uncompiled(function: Any, *inputs: Any) -> Any:
+    """`apply`, never traced by torch.compile: for loops over cache-sized chunks.
+
+    A compiled model runs such a Function as it is, between two graphs.
+    """
+    if torch.compiler.is_compiling():
+        return _outside_graphs(function, *inputs)
+    return function.apply(*inputs)
+
+
 def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
     """`torch.func.vjp` without auxiliary outputs: (outputs, cotangents → gradients)."""
     outputs, pull = torch.func.vjp(function, *primals)[:2]

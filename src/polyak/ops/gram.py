@@ -42,7 +42,8 @@ def gram_ema_flops(heads: int, head_dim: int) -> tuple[int, int]:
 class _GramEma(torch.autograd.Function):
     @staticmethod
     def forward(beta: Tensor, r: Tensor, g: Tensor) -> Tensor:
-        return (beta * r).baddbmm_(((1 - beta) * g).transpose(-2, -1), g)
+        result = beta * r
+        return torch.baddbmm(result, ((1 - beta) * g).transpose(-2, -1), g, out=result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak.ops.autograd import (
     add_to_diagonal,
     apply,
+    apply_uncompiled,
     batch_first,
     by_tokens,
     forward_mode,
@@ -65,7 +66,7 @@ def inverse_sqrt_apply(m: Tensor, r: Tensor, steps: int = 10) -> Tensor:
     with full_precision(m.device):
         flat_m = m.to(working).reshape(-1, *m.shape[-2:])
         flat_r = r.to(working).reshape(-1, *r.shape[-2:])
-        result: Tensor = apply(_InverseSqrt, flat_m, flat_r, steps)
+        result: Tensor = apply_uncompiled(_InverseSqrt, flat_m, flat_r, steps)
     return result.reshape(m.shape).to(dtype)
 
 

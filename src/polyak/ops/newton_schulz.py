@@ -17,6 +17,7 @@ from torch import Tensor
 from polyak.ops.autograd import (
     add_to_diagonal,
     apply,
+    apply_uncompiled,
     batch_first,
     forward_mode,
     full_precision,
@@ -55,7 +56,7 @@ def newton_schulz(y: Tensor, steps: int = 5) -> Tensor:
         wide = y if y.shape[-2] <= y.shape[-1] else y.transpose(-2, -1)
         working = torch.promote_types(y.dtype, torch.float32)
         flat = wide.to(working).reshape(-1, *wide.shape[-2:])
-        result: Tensor = apply(_NewtonSchulz, flat, steps).reshape(wide.shape)
+        result: Tensor = apply_uncompiled(_NewtonSchulz, flat, steps).reshape(wide.shape)
         return (result if wide.shape == y.shape else result.transpose(-2, -1)).to(y.dtype)
 
 
