@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map
 
 from polyak.ops.reference import using_reference_forms
@@ -25,7 +26,7 @@ def apply(function: Any, *inputs: Any) -> Any:
 
 # torch's own lazy form of torch.compiler.disable, which would import the compiler (a second or
 # more) as soon as it decorates something.
-_outside_graphs: Any = torch._disable_dynamo(apply)
+_outside_graphs = _disable_dynamo(apply)
 
 
 def apply_uncompiled(function: Any, *inputs: Any) -> Any:

@@ -197,9 +197,19 @@ class _MomentumNorm(torch.autograd.Function):
         if to_differentiate(grad, beta, v, gamma, g):
             return *_reference_gradients(momentum_norm_reference, grad, ctx), None
         u = torch.addcmul(beta * v, gamma, g)
-        u_grad, *affine = _layer_norm_gradients(grad, u, weight, bias, ctx.eps)
-        inputs = (beta, v, gamma, g)
-        return *_axpby_gradients(u_grad, inputs, ctx.needs_input_grad), *affine, None
+        # without the bias: it moves no moment, and ⟨ū, u⟩ below leaves it out
+        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, None, ctx.eps)
+        grad = grad.to(u.dtype)
+        u_grad, *affine = _layer_norm_backward(grad, u, weight, bias, mean, rstd)
+        gradients = list(_axpby_gradients(u_grad, (beta, v, gamma, g), ctx.needs_input_grad))
+        if gradients[0] is not None and gradients[2] is not None:
+            # LN hardly changes when its input is scaled: β·β̄ + γ·γ̄ = ⟨ū, u⟩ is the small number
+            # Σ eps·rstd²·⟨grad, y⟩ over rows. A plain dot product of ū with g would leave only
+            # rounding errors of γ̄ where v = 0.
+            along_u = ctx.eps * (rstd.square().squeeze(-1) * torch.linalg.vecdot(grad, y)).sum()
+            exact = (along_u - beta * gradients[0]) / gamma
+            gradients[2] = torch.where(4 * gamma >= beta, exact, gradients[2])
+        return *gradients, *affine, None
 
 
 class _ScaledNormAdd(torch.autograd.Function):
@@ -255,11 +265,16 @@ def _layer_norm_gradients(
     grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Any:
     """Gradients of LN with respect to u, weight and bias; mean and variance are recomputed."""
-    shape = u.shape[-1:]
-    _, mean, rstd = torch.native_layer_norm(u, shape, weight, bias, eps)
+    _, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps)
+    return _layer_norm_backward(grad.to(u.dtype), u, weight, bias, mean, rstd)
+
+
+def _layer_norm_backward(
+    grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Any:
     mask = (True, weight is not None, bias is not None)
     return torch.ops.aten.native_layer_norm_backward(
-        grad.to(u.dtype), u, shape, mean, rstd, weight, bias, mask
+        grad, u, u.shape[-1:], mean, rstd, weight, bias, mask
     )
 
 
