@@ -53,5 +53,7 @@ def test_linked_files_exist():
 @pytest.mark.parametrize("marker", ["compare --quick", "pytest"])
 def test_set_up_commands_are_single_lines_that_need_only_python_and_pip(marker: str):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    (command,) = [line for line in commands if line.startswith("python3 -m venv") and marker in line]
+    (command,) = [
+        line for line in commands if line.startswith("python3 -m venv") and marker in line
+    ]
     assert "pip install -q -c constraints.txt" in command

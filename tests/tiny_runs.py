@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -73,3 +74,47 @@ def environment(cache: Path, **variables: str) -> dict[str, str]:
     """This process's environment with a cache of its own and no terminal width."""
     kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     return {**kept, "POLYAK_CACHE": str(cache), "OMP_NUM_THREADS": "1", **variables}
+
+
+TWIN = """
+import os, time
+from polyak.rules import UpdateRule
+
+class Twin(UpdateRule):
+    "gradient_descent under another name; talks, and takes its time if told to."
+    def step(self, x, state, oracle):
+        print("a user's rule may print")
+        time.sleep(float(os.environ.get("TWIN_SECONDS", 0)))
+        return x + oracle(x), state
+
+class Late(UpdateRule):
+    "Fine for a while, then NaN."
+    def step(self, x, state, oracle):
+        self.calls = getattr(self, "calls", 0) + self.training
+        return x + oracle(x) * (float("nan") if self.calls > 4 else 1.0), state
+
+class Alone(UpdateRule):
+    "Forgets the state."
+    def step(self, x, state, oracle):
+        return x + oracle(x)
+"""
+"""Rules of a user's own, good and bad."""
+
+
+def words(rules: str, out: Path, *more: object, seeds: int = 2, steps: int = 8) -> list[str]:
+    """The command line of a tiny comparison."""
+    return [
+        *("compare", "--rules", rules, "--corpus", "corpus.txt", "--out", str(out)),
+        *("--seeds", str(seeds), "--steps", str(steps), "--device", "cpu"),
+        *SETTINGS,
+        *map(str, more),
+    ]
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+def files(out: Path) -> dict[Path, int]:
+    """Every file of the runs, and when it was last written."""
+    return {p: p.stat().st_mtime_ns for p in sorted((out / "runs").rglob("*")) if p.is_file()}

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,18 @@ def test_help_is_quick_has_examples_and_fits_80_columns(words: list[str], tmp_pa
     assert found.stderr.split() == ["False", "0"]
     assert "examples" in found.stdout
     assert max(map(len, found.stdout.splitlines())) <= 80
+    # processor time, which is the wall's on an idle machine: other tests run beside this one
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         assert polyak(*words, cwd=tmp_path, cache=tmp_path).returncode == 0
-        seconds.append(time.perf_counter() - began)
+        after = os.times()
+        seconds.append(
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - before.children_system
+        )
         if seconds[-1] < 0.5:
             break
     assert min(seconds) < 0.5

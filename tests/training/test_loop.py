@@ -369,3 +369,11 @@ def test_cuda_trains_under_bfloat16_autocast_with_float32_weights(corpus: Path) 
     assert math.isfinite(loss)
     assert math.isfinite(norm)
     assert all(p.dtype == torch.float32 for p in found.parameters)
+
+
+def test_the_standard_library_is_a_corpus_of_bytes(tmp_path: Path) -> None:
+    config = dataclasses.replace(run_config(tmp_path, "adam", steps=2), corpus="stdlib")
+    result = train(config, tmp_path / "run")
+    assert 4 < result["loss"] < 6.5  # near ln 256: two steps teach little
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["corpus"]["name"] == "stdlib"

@@ -1,24 +1,22 @@
 """Momentum arithmetic along depth: scaled additions, and layer norms joined to them.
 
 The Functions save their inputs only and recompute the rest: βv + γg and the normalised values
-cost a pass over memory, much less than keeping them.  Where a gradient is itself differentiated,
-the plain reference takes over.
+cost a pass over memory, much less than keeping them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyak.ops.autograd import apply, dot, plain_form_needed, to_differentiate, vjp
+from polyak.ops.autograd import apply, dot, plain_form_needed, to_differentiate
+from polyak.ops.norms import layer_norm_backward, layer_norm_gradients
 from polyak.ops.reference import (
     axpby_reference,
     axpy_reference,
-    layer_norm_reference,
     momentum_norm_reference,
     scaled_norm_add_reference,
 )
@@ -43,23 +41,6 @@ def axpby(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return axpby_reference(beta, v, gamma, g)
     result: Tensor = apply(_Axpby, beta, v, gamma, g)
-    return result
-
-
-def layer_norm(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Return LN(u) = (u − mean u)/√(var u + eps)·weight + bias over the last dimension.
-
-    torch's kernel for the value and the first gradient only: its higher derivatives are silently
-    wrong in several transforms (pytorch issues 196700 and 175754, and jacrev of jacrev with respect
-    to weight and input, torch 2.13), so those come from the plain equation.
-
-    Shapes: u (..., d), weight and bias (d,) or None.
-    """
-    if torch.compiler.is_compiling():
-        return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
-    if plain_form_needed():
-        return layer_norm_reference(u, weight, bias, eps)
-    result: Tensor = apply(_LayerNorm, u, weight, bias, eps)
     return result
 
 
@@ -150,26 +131,6 @@ def _axpby_gradients(
     )
 
 
-class _LayerNorm(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, bias = ctx.saved_tensors
-        if to_differentiate(grad, u):
-            return *_reference_gradients(layer_norm_reference, grad, ctx), None
-        return *_layer_norm_gradients(grad, u, weight, bias, ctx.eps), None
-
-
 class _MomentumNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -194,14 +155,16 @@ class _MomentumNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         beta, v, gamma, g, weight, bias = ctx.saved_tensors
-        if to_differentiate(grad, beta, v, gamma, g):
-            return *_reference_gradients(momentum_norm_reference, grad, ctx), None
+        inputs, needed = (beta, v, gamma, g), ctx.needs_input_grad
         u = torch.addcmul(beta * v, gamma, g)
+        if to_differentiate(grad, *inputs):
+            u_grad, *affine = layer_norm_gradients(grad, u, weight, bias, ctx.eps)
+            return *_axpby_gradients(u_grad, inputs, needed), *affine, None
         # without the bias: it moves no moment, and ⟨ū, u⟩ below leaves it out
         y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, None, ctx.eps)
         grad = grad.to(u.dtype)
-        u_grad, *affine = _layer_norm_backward(grad, u, weight, bias, mean, rstd)
-        gradients = list(_axpby_gradients(u_grad, (beta, v, gamma, g), ctx.needs_input_grad))
+        u_grad, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
+        gradients = list(_axpby_gradients(u_grad, inputs, needed))
         if gradients[0] is not None and gradients[2] is not None:
             # LN hardly changes when its input is scaled: β·β̄ + γ·γ̄ = ⟨ū, u⟩ is the small number
             # Σ eps·rstd²·⟨grad, y⟩ over rows. A plain dot product of ū with g would leave only
@@ -234,60 +197,19 @@ class _ScaledNormAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gamma, u, weight, bias = ctx.saved_tensors
-        if to_differentiate(grad, gamma, u):
-            return grad, *_reference_gradients(_scaled_norm, grad, ctx), None
         # γ is folded into the affine map, so its gradient is a sum over d numbers, not over x.
-        scaled_weight = gamma.expand(u.shape[-1:]) if weight is None else gamma * weight
-        scaled_bias = torch.zeros_like(scaled_weight) if bias is None else gamma * bias
-        u_grad, by_weight, by_bias = _layer_norm_gradients(
-            grad, u, scaled_weight, scaled_bias, ctx.eps
-        )
-        gamma_grad = (by_weight if weight is None else by_weight * weight).sum()
-        if bias is not None:
-            gamma_grad = gamma_grad + (by_bias * bias).sum()
+        gain = gamma.expand(u.shape[-1:]) if weight is None else gamma * weight
+        offset = None if bias is None else gamma * bias
+        u_grad, by_gain, by_offset = layer_norm_gradients(grad, u, gain, offset, ctx.eps)
+        assert by_gain is not None, "the gain is never None"
+        gamma_grad = (by_gain if weight is None else by_gain * weight).sum()
+        if bias is not None and by_offset is not None:
+            gamma_grad = gamma_grad + (by_offset * bias).sum()
         return (
             grad,
             gamma_grad.reshape(gamma.shape),
             u_grad,
-            None if weight is None else gamma * by_weight,
-            None if bias is None else gamma * by_bias,
+            None if weight is None else gamma * by_gain,
+            None if by_offset is None else gamma * by_offset,
             None,
         )
-
-
-def _scaled_norm(
-    gamma: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    return gamma * layer_norm_reference(u, weight, bias, eps)
-
-
-def _layer_norm_gradients(
-    grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Any:
-    """Gradients of LN with respect to u, weight and bias; mean and variance are recomputed."""
-    _, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps)
-    return _layer_norm_backward(grad.to(u.dtype), u, weight, bias, mean, rstd)
-
-
-def _layer_norm_backward(
-    grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
-) -> Any:
-    mask = (True, weight is not None, bias is not None)
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, u, u.shape[-1:], mean, rstd, weight, bias, mask
-    )
-
-
-def _reference_gradients(
-    function: Callable[..., Tensor], grad: Tensor, ctx: Any
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a reference form at the saved tensors, differentiable as often as wanted."""
-    saved = ctx.saved_tensors
-
-    def restored(*values: Tensor) -> Tensor:
-        remaining = iter(values)
-        return function(*(None if t is None else next(remaining) for t in saved), ctx.eps)
-
-    _, pull = vjp(restored, *(t for t in saved if t is not None))
-    found = iter(pull(grad))
-    return tuple(None if t is None else next(found) for t in saved)

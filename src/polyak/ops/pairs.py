@@ -13,6 +13,7 @@ from polyak.ops import moments, momentum, reference
 from polyak.ops.gram import gram_ema
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply
 from polyak.ops.newton_schulz import newton_schulz
+from polyak.ops.norms import layer_norm
 from polyak.ops.orthogonal import orthogonalize
 
 _EPS = 1e-5
@@ -111,7 +112,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair("axpby", momentum.axpby, reference.axpby_reference, _for_axpby),
     Pair(
         "layer_norm",
-        _with_eps(momentum.layer_norm),
+        _with_eps(layer_norm),
         _with_eps(reference.layer_norm_reference),
         _for_layer_norm,
     ),

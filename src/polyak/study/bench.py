@@ -99,14 +99,14 @@ def kernels(tokens: int, num_heads: int, head_dim: int, rounds: int) -> list[Mea
         rounds: timed rounds.
     """
     rows = []
-    for name, fast, reference, make_inputs in ops.PAIRS:
+    for pair in ops.PAIRS:
         torch.manual_seed(0)
-        inputs = make_inputs(tokens, num_heads, head_dim, torch.float32)
-        forms = {"fast": fast, "reference": reference}
+        inputs = pair.make_inputs(tokens, num_heads, head_dim, torch.float32)
+        forms = {"fast": pair.fast, "reference": pair.reference}
         seconds = interleave({k: _op_step(form, inputs) for k, form in forms.items()}, rounds)
         rows.append(
             {
-                "name": name,
+                "name": pair.name,
                 "fast_seconds": _spread(seconds["fast"]),
                 "reference_seconds": _spread(seconds["reference"]),
                 "speed_up": statistics.median(
