@@ -1,7 +1,7 @@
 """Checks that a short comparison really compared: `check_comparison.py FOLDER`."""
 
-import json
 import html
+import json
 import math
 import re
 import sys

@@ -241,3 +241,26 @@ def test_autocast_does_not_round_the_matrix_ops(op: str) -> None:
     expected = pair.fast(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pair.fast(*arguments), expected)
+
+
+def test_blocks_of_rows_are_joined_in_order() -> None:
+    pair = next(p for p in PAIRS if p.name == "momentum_norm")
+    torch.manual_seed(0)
+    arguments = pair.make_inputs(5000, 4, 16, torch.float64)  # several blocks and a shorter one
+    cotangent = torch.randn_like(arguments[1])
+    fast = value_and_gradients(pair.fast, arguments, cotangent)
+    reference = value_and_gradients(pair.reference, arguments, cotangent)
+    assert max(map(relative, fast, reference)) < 1e-9
+
+
+def test_single_precision_keeps_the_tiny_gradient_of_gamma_at_zero_velocity() -> None:
+    # LN(γg) hardly depends on γ, so γ's gradient is what is left after everything cancels.
+    pair = next(p for p in PAIRS if p.name == "momentum_norm")
+    torch.manual_seed(0)
+    beta, v, gamma, g, weight, bias = pair.make_inputs(64, 4, 16, torch.float32)
+    arguments = (beta, torch.zeros_like(v), gamma, g, weight, bias)
+    cotangent = torch.randn_like(v)
+    fast = value_and_gradients(pair.fast, arguments, cotangent)
+    doubled = tuple(a.double() for a in arguments)
+    exact = value_and_gradients(pair.reference, doubled, cotangent.double())
+    assert abs(float(fast[3] / exact[3]) - 1) < 1e-3

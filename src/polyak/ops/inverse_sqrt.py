@@ -24,6 +24,7 @@ from polyak.ops.autograd import (
     in_legacy_vmap,
     pushforward,
     symmetric,
+    trace,
     vjp,
     with_batch,
     zero_if_none,
@@ -173,9 +174,8 @@ def _chunk_tokens(r: Tensor) -> int:
 def _frobenius(r: Tensor) -> Tensor:
     """‖R + δI‖_F without forming R + δI: ‖R‖² + 2δ tr R + Dδ²."""
     delta = INVERSE_SQRT_DAMPING
-    trace = r.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     squared = (r * r).sum(dim=(-2, -1), keepdim=True)
-    return (squared + 2 * delta * trace + r.shape[-1] * delta**2).sqrt()
+    return (squared + 2 * delta * trace(r) + r.shape[-1] * delta**2).sqrt()
 
 
 def _scaled(r: Tensor, norm: Tensor, out: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _converged(w: Tensor) -> bool:
     """
     if type(w) is not Tensor or w.device.type != "cpu" or w.shape[0] == 0:
         return False
-    gap = w.shape[-1] - w.diagonal(dim1=-2, dim2=-1).sum(-1).min()
+    gap = w.shape[-1] - trace(w).min()
     return bool(gap < torch.finfo(w.dtype).eps ** 0.5 / 16)
 
 
@@ -212,7 +212,7 @@ def _recursion(
         torch.mul(w, -0.5, out=factor)
         factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
         iterates.append(torch.bmm(iterates[-1], factor))
-        # The last iteration needs no new W.  Fewer than four never suffice at D > 4.
+        # The last iteration needs no new W; the first four are never the last at usual sizes.
         if step == steps - 1 or (step >= 4 and _converged(w)):
             break
         torch.bmm(w, factor, out=half)

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyak.ops.autograd import apply, dot, plain_form_needed, to_differentiate
+from polyak.ops.autograd import (
+    apply,
+    cache_blocks,
+    dot,
+    in_legacy_vmap,
+    plain_form_needed,
+    to_differentiate,
+)
 from polyak.ops.norms import layer_norm_backward, layer_norm_gradients
 from polyak.ops.reference import (
     axpby_reference,
@@ -156,23 +163,59 @@ class _MomentumNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         beta, v, gamma, g, weight, bias = ctx.saved_tensors
         inputs, needed = (beta, v, gamma, g), ctx.needs_input_grad
-        u = torch.addcmul(beta * v, gamma, g)
-        if to_differentiate(grad, *inputs):
+        if to_differentiate(grad, *inputs) or in_legacy_vmap(grad, *inputs):
+            u = torch.addcmul(beta * v, gamma, g)
             u_grad, *affine = layer_norm_gradients(grad, u, weight, bias, ctx.eps)
             return *_axpby_gradients(u_grad, inputs, needed), *affine, None
-        # without the bias: it moves no moment, and ⟨ū, u⟩ below leaves it out
-        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, None, ctx.eps)
-        grad = grad.to(u.dtype)
-        u_grad, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
-        gradients = list(_axpby_gradients(u_grad, inputs, needed))
-        if gradients[0] is not None and gradients[2] is not None:
-            # LN hardly changes when its input is scaled: β·β̄ + γ·γ̄ = ⟨ū, u⟩ is the small number
-            # Σ eps·rstd²·⟨grad, y⟩ over rows. A plain dot product of ū with g would leave only
-            # rounding errors of γ̄ where v = 0.
-            along_u = ctx.eps * (rstd.square().squeeze(-1) * torch.linalg.vecdot(grad, y)).sum()
-            exact = (along_u - beta * gradients[0]) / gamma
-            gradients[2] = torch.where(4 * gamma >= beta, exact, gradients[2])
-        return *gradients, *affine, None
+        return *_momentum_norm_gradients(grad, *inputs, weight, bias, ctx.eps), None
+
+
+def _momentum_norm_gradients(
+    grad: Tensor,
+    beta: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of LN(βv + γg), by blocks of rows whose intermediates stay in the cache.
+
+    LN hardly changes when its input is scaled: β·β̄ + γ·γ̄ = ⟨ū, u⟩ is the small number
+    Σ eps·rstd²·⟨grad, y⟩ over rows, y the LN without its bias.  A plain dot product of ū with g
+    would leave only rounding errors of γ̄ where v = 0, so γ̄ comes from that identity unless γ is
+    small against β.
+    """
+    shape = g.shape[-1:]
+    rows_grad, rows_v, rows_g = (t.reshape(-1, *shape) for t in (grad, v, g))
+    v_grad, g_grad = torch.empty_like(rows_v), torch.empty_like(rows_g)
+    affine: list[Tensor | None] = [None, None]
+    inner = []
+    for part in cache_blocks(rows_g):
+        block_v, block_g = rows_v[part], rows_g[part]
+        u = (beta * block_v).addcmul_(gamma, block_g)
+        y, mean, rstd = torch.native_layer_norm(u, shape, weight, None, eps)
+        block_grad = rows_grad[part].to(u.dtype)
+        u_grad, *block_affine = layer_norm_backward(block_grad, u, weight, bias, mean, rstd)
+        affine = [
+            b if a is None or b is None else a + b
+            for a, b in zip(affine, block_affine, strict=True)
+        ]
+        along_u = eps * (rstd.square() * y.mul_(block_grad).sum(-1, keepdim=True)).sum()
+        inner.append(torch.stack((dot(u_grad, block_v), dot(u_grad, block_g), along_u)))
+        torch.mul(u_grad, beta, out=v_grad[part])
+        torch.mul(u_grad, gamma, out=g_grad[part])
+    by_beta, by_gamma, along_u = torch.stack(inner).sum(0)
+    exact = (along_u - beta * by_beta) / gamma
+    by_gamma = torch.where(4 * gamma >= beta, exact, by_gamma)
+    return (
+        by_beta.reshape(beta.shape),
+        v_grad.reshape(v.shape),
+        by_gamma.reshape(gamma.shape),
+        g_grad.reshape(g.shape),
+        *affine,
+    )
 
 
 class _ScaledNormAdd(torch.autograd.Function):
