@@ -13,7 +13,7 @@ from polyak.ops import PAIRS
 
 
 def saved_storages(function: Callable[..., Tensor], *arguments: Tensor) -> dict[int, int]:
-    """Bytes of every distinct storage that the call's graph holds."""
+    """Bytes of every distinct storage that the call's graph holds beside the result's own."""
     held: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -23,17 +23,20 @@ def saved_storages(function: Callable[..., Tensor], *arguments: Tensor) -> dict[
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = function(*arguments)
     assert result.requires_grad
+    held.pop(result.untyped_storage().data_ptr(), None)  # whoever uses the result holds it anyway
     return held
 
 
 @pytest.mark.parametrize(
     "pair", [pytest.param(pair, id=pair.name) for pair in PAIRS if pair.differentiable]
 )
-def test_nothing_but_inputs_is_saved(pair: ops.Pair) -> None:
+def test_nothing_but_inputs_and_the_result_is_saved(pair: ops.Pair) -> None:
     arguments = [a.requires_grad_() for a in pair.make_inputs(64, 4, 8, torch.float32)]
     own = {a.untyped_storage().data_ptr() for a in arguments}
     held = saved_storages(pair.fast, *arguments)
-    assert set(held) <= own
+    extra = sum(size for storage, size in held.items() if storage not in own)
+    per_row = 2 * 64 * 4  # momentum_norm keeps the mean and the deviation of each row
+    assert extra <= (per_row if pair.name == "momentum_norm" else 0)
     with ops.reference_forms():  # the measure can fail: the plain forms keep intermediates
         plain = saved_storages(pair.fast, *arguments)
     if pair.name not in ("axpy", "axpby", "ema"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from polyak.ops import moments, momentum, reference
 from polyak.ops.gram import gram_ema
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply
+from polyak.ops.momentum_norm import momentum_norm
 from polyak.ops.newton_schulz import newton_schulz
 from polyak.ops.norms import layer_norm
 from polyak.ops.orthogonal import orthogonalize
@@ -118,7 +119,7 @@ PAIRS: tuple[Pair, ...] = (
     ),
     Pair(
         "momentum_norm",
-        _with_eps(momentum.momentum_norm),
+        _with_eps(momentum_norm),
         _with_eps(reference.momentum_norm_reference),
         _for_momentum_norm,
     ),
