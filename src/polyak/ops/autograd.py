@@ -18,11 +18,6 @@ from polyak.ops.reference import using_reference_forms
 # made of operands that are not contiguous.
 _DOT_RUN = 1 << 18
 
-# Elements of one block of rows per thread: half a megabyte of float32, so that the four or five
-# tensors of a block's computation stay in a 2 MiB cache.  Halves the time of momentum_norm's
-# gradient (measured at 2,048 × 384).
-_CACHE_BLOCK = 1 << 17
-
 
 def apply(function: Any, *inputs: Any) -> Any:
     """`function.apply(*inputs)`: torch leaves it without types."""
@@ -97,18 +92,6 @@ def batch_first(batch_size: int, in_dims: Sequence[int | None], *tensors: Tensor
         t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(tensors, in_dims, strict=False)
     ]
-
-
-def cache_blocks(rows: Tensor) -> list[slice]:
-    """Slices of the first dimension whose elements stay in each core's second-level cache.
-
-    One slice for all of it where there is no such cache to fit.
-    """
-    count = rows.shape[0]
-    if rows.device.type != "cpu" or rows.numel() == 0:
-        return [slice(None)]
-    per_block = max(1, _CACHE_BLOCK * torch.get_num_threads() * count // rows.numel())
-    return [slice(i, i + per_block) for i in range(0, count, per_block)]
 
 
 def by_tokens(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     apply,
-    cache_blocks,
     dot,
     in_legacy_vmap,
     plain_form_needed,
@@ -147,40 +146,24 @@ class _NumericMomentumNorm(torch.autograd.Function):
 def _numeric_gradients(
     grad: Tensor, inputs: tuple[Any, ...], moments: tuple[Tensor, ...], eps: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `_NumericMomentumNorm`, by blocks of rows that stay in the cache."""
+    """Gradients of `_NumericMomentumNorm` with respect to its six tensors."""
     beta, v, gamma, g, weight, bias = inputs
+    y, mean, rstd = moments
     gain = _number(gamma)
     ratio = _number(beta) / gain
-    rows = [t.reshape(-1, t.shape[-1]) for t in (grad, v, g, *moments)]
-    by_v, by_g = torch.empty_like(rows[1]), torch.empty_like(rows[2])
-    affine: list[Tensor | None] = [None, None]
-    inner = []
-    for part in cache_blocks(rows[2]):
-        block_grad, block_v, block_g, block_y, block_mean, block_rstd = (t[part] for t in rows)
-        u = torch.add(block_g, block_v, alpha=ratio)
-        u_grad, *found = layer_norm_backward(block_grad, u, weight, bias, block_mean, block_rstd)
-        affine = [
-            b if a is None or b is None else a + b for a, b in zip(affine, found, strict=True)
-        ]
-        torch.mul(u_grad, ratio, out=by_v[part])
-        by_g[part].copy_(u_grad)
-        along = torch.linalg.vecdot(block_grad, block_y)
+    u = torch.add(g, v, alpha=ratio)
+    by_g, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
+    by_beta = dot(by_g, v) / gain
+    if 4 * gain >= _number(beta):  # see _momentum_norm_gradients
+        along = torch.linalg.vecdot(grad, y)
         if bias is not None:
-            along = along - block_grad @ bias
-        along_u = (eps / gain**2) * torch.dot(block_rstd.reshape(-1).square(), along)
-        inner.append(torch.stack((dot(u_grad, block_v), along_u)))
-        if 4 * gain < _number(beta):  # see _momentum_norm_gradients
-            inner[-1][1] = dot(u_grad, block_g) + ratio * inner[-1][0]
-    by_beta, along_u = torch.stack(inner).sum(0) if inner else g.new_zeros(2)
-    by_beta = by_beta / gain
-    by_gamma = (along_u - beta * by_beta) / gain
-    return (
-        by_beta.reshape(beta.shape),
-        by_v.reshape(v.shape),
-        by_gamma.reshape(gamma.shape),
-        by_g.reshape(g.shape),
-        *affine,
-    )
+            along = along - grad @ bias
+        along_u = (eps / gain**2) * (rstd.square().squeeze(-1) * along).sum()
+        by_gamma = (along_u - beta * by_beta) / gain
+    else:
+        by_gamma = dot(by_g, g) / gain
+    by_v = torch.mul(by_g, ratio, out=u)  # u is not needed any more
+    return by_beta.reshape(beta.shape), by_v, by_gamma.reshape(gamma.shape), by_g, *affine
 
 
 def _number(scalar: Tensor) -> float:
