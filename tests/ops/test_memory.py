@@ -39,7 +39,7 @@ def test_nothing_but_inputs_and_the_result_is_saved(pair: ops.Pair) -> None:
     assert extra <= (per_row if pair.name == "momentum_norm" else 0)
     with ops.reference_forms():  # the measure can fail: the plain forms keep intermediates
         plain = saved_storages(pair.fast, *arguments)
-    if pair.name not in ("axpy", "axpby", "ema"):
+    if pair.name not in ("axpy", "axpy_through", "axpby", "ema"):
         assert sum(plain.values()) > sum(held.values())
 
 

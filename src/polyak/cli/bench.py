@@ -67,6 +67,7 @@ def main(words: Sequence[str]) -> int:
 
     from polyak.files import make_folder, write_json
     from polyak.study import bench
+    from polyak.training.allocator import keep_freed_memory
     from polyak.training.runs import environment
 
     console = Console(highlight=False)
@@ -78,6 +79,7 @@ def main(words: Sequence[str]) -> int:
         batch_size=config.batch_size,
         vocab_size=config.vocab_size,
     )
+    keep_freed_memory()
     names = tuple(config.rules.split(",")) if config.rules else bench.default_rules()
     for name in names:
         shape.config(name)  # wrong sizes or names end here, before anything is timed

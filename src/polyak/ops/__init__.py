@@ -9,7 +9,7 @@ from __future__ import annotations
 from polyak.ops.gram import gram_ema, gram_ema_flops
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply, inverse_sqrt_apply_flops
 from polyak.ops.moments import ema, ema_square, rms_scale
-from polyak.ops.momentum import axpby, axpy, scaled_norm_add
+from polyak.ops.momentum import axpby, axpy, axpy_through, scaled_norm_add
 from polyak.ops.momentum_norm import momentum_norm
 from polyak.ops.newton_schulz import newton_schulz, newton_schulz_flops
 from polyak.ops.norms import layer_norm
@@ -39,6 +39,7 @@ __all__ = [
     "axpby_reference",
     "axpy",
     "axpy_reference",
+    "axpy_through",
     "ema",
     "ema_reference",
     "ema_square",

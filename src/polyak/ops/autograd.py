@@ -16,7 +16,7 @@ from polyak.ops.reference import using_reference_forms
 
 # About the longest run that one dot product sums: bounds the rounding error in fp32, and the copy
 # made of operands that are not contiguous.
-_DOT_RUN = 1 << 18
+_DOT_RUN = 1 << 20
 
 
 def apply(function: Any, *inputs: Any) -> Any:
@@ -166,3 +166,21 @@ def in_legacy_vmap(*tensors: Tensor) -> bool:
     That older vmap knows neither `Function.vmap` nor operations with `out=`.
     """
     return any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def readable(scalars: Sequence[Tensor], *tensors: Tensor) -> bool:
+    """Whether scalars can be read as numbers: plain CPU tensors of one type, no transform."""
+    every = (*scalars, *tensors)
+    dtype = every[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in every)
+        and all(t.device.type == "cpu" and t.dtype == dtype for t in every)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_legacy_vmap(*every)
+    )
+
+
+def number(scalar: Tensor) -> float:
+    """The value of a tensor with one entry."""
+    return float(scalar.detach())

@@ -15,7 +15,11 @@ from torch import Tensor
 from polyak.ops.autograd import (
     apply,
     dot,
+    in_legacy_vmap,
+    number,
     plain_form_needed,
+    readable,
+    to_differentiate,
 )
 from polyak.ops.norms import layer_norm_gradients
 from polyak.ops.reference import (
@@ -33,6 +37,21 @@ def axpy(scale: Tensor, v: Tensor, x: Tensor) -> Tensor:
     if plain_form_needed() or scale.numel() != 1 or v.shape != x.shape:
         return axpy_reference(scale, v, x)
     result: Tensor = apply(_Axpy, scale, v, x)
+    return result
+
+
+def axpy_through(scale: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x + scale·v, v): `axpy`, and v again for whatever uses it next.
+
+    A gradient that comes back through the second output is added to scale·x̄ in the same pass
+    over memory; without it, autograd makes scale·x̄ first and adds afterwards.
+
+    Shapes: as `axpy`.
+    """
+    plain = plain_form_needed() or scale.numel() != 1 or v.shape != x.shape
+    if plain or not readable((scale,), v, x):
+        return axpy(scale, v, x), v
+    result: tuple[Tensor, Tensor] = apply(_AxpyThrough, scale, v, x)
     return result
 
 
@@ -85,6 +104,29 @@ class _Axpy(torch.autograd.Function):
             scale * grad if needs_v else None,
             grad,
         )
+
+
+class _AxpyThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(scale, v)
+        ctx.set_materialize_grads(False)
+        return torch.add(x, v, alpha=number(scale)), v.view_as(v)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, through: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        scale, v = ctx.saved_tensors
+        if grad is None:
+            return None, through, None
+        if to_differentiate(grad, scale, v) or in_legacy_vmap(grad):
+            by_v = scale * grad if through is None else through + scale * grad
+        elif through is None:
+            by_v = grad * number(scale)
+        else:
+            by_v = torch.add(through, grad, alpha=number(scale))
+        return dot(grad, v).reshape(scale.shape), by_v, grad
 
 
 class _Axpby(torch.autograd.Function):

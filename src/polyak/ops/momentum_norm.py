@@ -16,7 +16,9 @@ from polyak.ops.autograd import (
     apply,
     dot,
     in_legacy_vmap,
+    number,
     plain_form_needed,
+    readable,
     to_differentiate,
 )
 from polyak.ops.momentum import axpby_gradients
@@ -98,17 +100,8 @@ def _momentum_norm_gradients(
 
 
 def _numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
-    """Whether β and γ can be read as numbers: plain CPU tensors under no transform, γ not tiny."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (beta, v, gamma, g))
-    return (
-        plain
-        and v.device.type == "cpu" == gamma.device.type
-        and v.dtype == g.dtype == beta.dtype
-        and v.dtype in (torch.float32, torch.float64)
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not in_legacy_vmap(beta, v, gamma, g)
-        and _number(gamma) > 1e-3 * abs(_number(beta)) + 1e-6
-    )
+    """Whether β and γ can be read as numbers, and γ is large enough to divide by."""
+    return readable((beta, gamma), v, g) and number(gamma) > 1e-3 * abs(number(beta)) + 1e-6
 
 
 class _NumericMomentumNorm(torch.autograd.Function):
@@ -129,8 +122,8 @@ class _NumericMomentumNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        gain, ctx.eps = _number(gamma), eps
-        u = torch.add(g, v, alpha=_number(beta) / gain)
+        gain, ctx.eps = number(gamma), eps
+        u = torch.add(g, v, alpha=number(beta) / gain)
         y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
         ctx.save_for_backward(beta, v, gamma, g, weight, bias, y, mean, rstd)
         return y
@@ -149,12 +142,12 @@ def _numeric_gradients(
     """Gradients of `_NumericMomentumNorm` with respect to its six tensors."""
     beta, v, gamma, g, weight, bias = inputs
     y, mean, rstd = moments
-    gain = _number(gamma)
-    ratio = _number(beta) / gain
+    gain = number(gamma)
+    ratio = number(beta) / gain
     u = torch.add(g, v, alpha=ratio)
     by_g, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
     by_beta = dot(by_g, v) / gain
-    if 4 * gain >= _number(beta):  # see _momentum_norm_gradients
+    if 4 * gain >= number(beta):  # see _momentum_norm_gradients
         along = torch.linalg.vecdot(grad, y)
         if bias is not None:
             along = along - grad @ bias
@@ -164,7 +157,3 @@ def _numeric_gradients(
         by_gamma = dot(by_g, g) / gain
     by_v = torch.mul(by_g, ratio, out=u)  # u is not needed any more
     return by_beta.reshape(beta.shape), by_v, by_gamma.reshape(gamma.shape), by_g, *affine
-
-
-def _number(scalar: Tensor) -> float:
-    return float(scalar.detach())

@@ -108,8 +108,17 @@ def _with_eps(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return partial(op, eps=_EPS)
 
 
+def _through(scale: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    return torch.cat(momentum.axpy_through(scale, v, x), dim=-1)
+
+
+def _through_reference(scale: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    return torch.cat((reference.axpy_reference(scale, v, x), v), dim=-1)
+
+
 PAIRS: tuple[Pair, ...] = (
     Pair("axpy", momentum.axpy, reference.axpy_reference, _for_axpy),
+    Pair("axpy_through", _through, _through_reference, _for_axpy),
     Pair("axpby", momentum.axpby, reference.axpby_reference, _for_axpby),
     Pair(
         "layer_norm",

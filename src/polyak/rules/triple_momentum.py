@@ -6,7 +6,7 @@ from math import log
 
 from torch import Tensor
 
-from polyak.ops import axpy
+from polyak.ops import axpy_through
 from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, state_norm
 from polyak.rules import unit_interval as unit
 
@@ -26,6 +26,7 @@ class TripleMomentum(UpdateRule):
 
     def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
         """One step; x and v are (B, T, d)."""
-        g = oracle(axpy(self.mu, state.v, x))
-        v = self.norm.combine(self.beta, state.v, self.gamma, g)
-        return axpy(self.nu, v, x), state.replace(v=v)
+        ahead, v = axpy_through(self.mu, state.v, x)  # (x + μv, v)
+        v = self.norm.combine(self.beta, v, self.gamma, oracle(ahead))
+        x, v = axpy_through(self.nu, v, x)
+        return x, state.replace(v=v)

@@ -29,9 +29,11 @@ def main(spec_file: str) -> int:
         channel.flush()
 
     from polyak.errors import PolyakError
+    from polyak.training.allocator import keep_freed_memory
     from polyak.training.loop import train
     from polyak.training.run_config import RunConfig
 
+    keep_freed_memory()
     spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
     try:
         config = RunConfig.from_dict(spec["config"])
