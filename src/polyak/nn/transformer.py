@@ -133,6 +133,15 @@ class Transformer(nn.Module):
         Raises:
             ConfigError: the sequence is longer than the context.
         """
+        logits: Tensor = self.head(self.features(input_ids))
+        return logits
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """What the output matrix is applied to: the last block's x after the final norm (B, T, d).
+
+        Raises:
+            ConfigError: the sequence is longer than the context.
+        """
         if input_ids.shape[1] > self.config.context_length:
             raise ConfigError(
                 f"a sequence of {input_ids.shape[1]} tokens is longer than "
@@ -141,8 +150,8 @@ class Transformer(nn.Module):
         x, state = self.start(input_ids)
         for block in self.blocks:
             x, state = block(x, state)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        features: Tensor = self.norm(x)
+        return features
 
     def scalars(self) -> dict[str, dict[str, list[float]]]:
         """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`."""
