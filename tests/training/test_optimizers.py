@@ -3,16 +3,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from polyak import ModelConfig, Transformer, rules
+from polyak.errors import ConfigError, RuleError
 from polyak.rules import UpdateRule
 from polyak.training.config import TrainingConfig
-from polyak.training.optimizers import Muon, Optimizers, cosine_with_warmup, parameter_groups
+from polyak.training.optimizers import Muon, Optimizers, check_groups, parameter_groups
 
 SIZE = {
     "num_layers": 2,
@@ -23,41 +23,6 @@ SIZE = {
 }
 SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32)]
 """Of a block's matrices, in units of the width: qkv, out, up, down."""
-
-
-# Schedule
-
-
-@given(
-    steps=st.integers(1, 300),
-    warmup=st.floats(0, 1),
-    final_rate=st.floats(0, 1),
-    data=st.data(),
-)
-def test_the_schedule_is_linear_then_cosine(
-    steps: int, warmup: float, final_rate: float, data: st.DataObject
-) -> None:
-    config = TrainingConfig(steps=steps, warmup=warmup, final_rate=final_rate)
-    step = data.draw(st.integers(0, steps - 1))
-    w = round(warmup * steps)
-    if step < w:
-        expected = step / w
-    else:
-        phase = (step - w) / (steps - w)
-        expected = final_rate + (1 - final_rate) * (1 + math.cos(math.pi * phase)) / 2
-    assert cosine_with_warmup(step, config) == pytest.approx(expected, abs=1e-12)
-    assert 0 <= cosine_with_warmup(step, config) <= 1
-
-
-def test_the_released_schedule_starts_at_0_peaks_after_warmup_and_ends_at_a_tenth() -> None:
-    config = TrainingConfig(steps=1000, warmup=0.1, final_rate=0.1)
-    factors = [cosine_with_warmup(step, config) for step in range(1001)]
-    assert factors[0] == 0
-    assert factors[50] == 0.5
-    assert factors[100] == max(factors) == 1
-    assert factors[550] == pytest.approx(0.55)
-    assert factors[1000] == pytest.approx(0.1)
-    assert factors[999] == pytest.approx(0.1, abs=1e-5)
 
 
 # Groups
@@ -73,6 +38,7 @@ def test_the_released_schedule_starts_at_0_peaks_after_warmup_and_ends_at_a_tent
         {"bias": True},
         {"frozen": True},
         {"stream_start": "zeros"},
+        {"stream_start": "zeros", "tie_embeddings": False},
     ],
     ids=str,
 )
@@ -97,6 +63,11 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
     assert (not groups["scalars"]) == (
         bool(options) or not declared.present_scalars(declared.resolve({}))
     )
+    for optimizer in ("muon", "adamw"):
+        held = Optimizers(model, TrainingConfig(optimizer=optimizer)).all  # type: ignore[arg-type]
+        stepped = [id(p) for one in held for group in one.param_groups for p in group["params"]]
+        assert sorted(stepped) == sorted(trainable)
+        assert len(held) == (2 if optimizer == "muon" else 1)
 
 
 class Odd(UpdateRule):
@@ -112,9 +83,10 @@ class Odd(UpdateRule):
         return x + (1 + self.cube.sum()) * oracle(x) @ self.square + self.row, state
 
 
-def test_whatever_a_users_rule_learns_is_trained(registered: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_whatever_a_users_rule_learns_is_trained(registered: Any, optimizer: Any) -> None:
     model = Transformer(ModelConfig(rule=registered("odd", Odd), **SIZE))
-    optimizers = Optimizers(model, TrainingConfig())
+    optimizers = Optimizers(model, TrainingConfig(optimizer=optimizer))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.arange(5)[None]).square().sum().backward()
     optimizers.step(1.0)
@@ -124,6 +96,52 @@ def test_whatever_a_users_rule_learns_is_trained(registered: Any) -> None:
     assert own <= changed
 
 
+class Complex(UpdateRule):
+    """A user's rule that learns a complex number."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.turn = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+
+    def step(self, x: Tensor, state: Any, oracle: Any) -> tuple[Tensor, Any]:
+        return x + self.turn.real * oracle(x), state
+
+
+def test_a_complex_parameter_is_refused_by_name(registered: Any) -> None:
+    model = Transformer(ModelConfig(rule=registered("complex", Complex), **SIZE))
+    with pytest.raises(RuleError, match=r"blocks\.0\.rules\.attention\.turn is complex64"):
+        Optimizers(model, TrainingConfig())
+
+
+def test_a_parameter_in_no_group_or_in_two_is_named() -> None:
+    model = Transformer(ModelConfig(rule="triple_momentum", **SIZE))
+    groups = parameter_groups(model)
+    check_groups(model, groups.items())
+    name = "blocks.1.attention.qkv.weight"
+    weight = model.get_parameter(name)
+    without = {**groups, "matrices": [p for p in groups["matrices"] if p is not weight]}
+    with pytest.raises(ConfigError, match=rf"{name} must be in exactly one .* is in: none"):
+        check_groups(model, without.items())
+    for group, places in (("norms", "matrices and norms"), ("matrices", "matrices and matrices")):
+        twice = {**groups, group: [*groups[group], weight]}
+        with pytest.raises(ConfigError, match=rf"{name} must be in exactly one .*: {places}"):
+            check_groups(model, twice.items())
+    weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"'matrices' holds a tensor of shape \(24, 8\)"):
+        check_groups(model, groups.items())
+
+
+def test_a_model_whose_blocks_are_frozen_trains_without_muon() -> None:
+    model = Transformer(ModelConfig(rule="nesterov", **SIZE))
+    model.blocks.requires_grad_(False)
+    optimizers = Optimizers(model, TrainingConfig())
+    assert optimizers.muon is None
+    assert optimizers.rates() == {"embeddings": 3e-3, "norms": 3e-3}
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        Optimizers(model, TrainingConfig())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_and_peak_rates_are_those_of_the_released_groups(tied: bool) -> None:
     model = Transformer(ModelConfig(rule="triple_momentum", **SIZE, tie_embeddings=tied))
@@ -131,7 +149,21 @@ def test_decay_and_peak_rates_are_those_of_the_released_groups(tied: bool) -> No
     optimizers = Optimizers(model, recipe)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: dict[str, tuple[float, float]] = {}
+    assert optimizers.rates() == {
+        "matrices": 0.1,
+        "embeddings": 0.2,
+        "norms": 0.2,
+        "scalars": 0.3,
+    }
     optimizers.step(0.5)
+    assert optimizers.rates() == {
+        "matrices": 0.05,
+        "embeddings": 0.1,
+        "norms": 0.1,
+        "scalars": 0.15,
+    }
+    assert optimizers.adam is not None
+    assert optimizers.muon is not None
     for group in optimizers.adam.param_groups:
         assert group["betas"] == (0.9, 0.95)
         for parameter in group["params"]:
@@ -162,6 +194,72 @@ def test_a_rate_of_zero_moves_nothing() -> None:
     optimizers.step(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+# AdamW
+
+
+def direct_adamw(
+    weight: Any, gradients: list[Any], rates: list[float], decay: float, betas: tuple[float, float]
+) -> Any:
+    """Decoupled decay, then bias-corrected moments (Loshchilov & Hutter), for one tensor."""
+    m, v = np.zeros_like(weight), np.zeros_like(weight)
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        weight = weight - lr * decay * weight - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+    return weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pure_adamw_equals_the_direct_formula_with_decay_on_all_matrices(tied: bool) -> None:
+    config = ModelConfig(rule="triple_momentum", **SIZE, tie_embeddings=tied, bias=True)
+    model = Transformer(config).double()
+    recipe = TrainingConfig(
+        optimizer="adamw", adam_lr=0.1, scalar_lr=0.3, weight_decay=0.4, adam_betas=(0.8, 0.9)
+    )
+    optimizers = Optimizers(model, recipe)
+    assert optimizers.muon is None
+    factors = [0.5, 1.0, 0.25, 0.0]
+    start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    gradients: dict[str, list[Any]] = {name: [] for name in start}
+    for factor in factors:
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            gradients[name].append(parameter.grad.numpy().copy())
+        optimizers.step(factor)
+    for name, parameter in model.named_parameters():
+        peak = 0.3 if name.endswith("_raw") else 0.1
+        decay = 0.4 if parameter.ndim == 2 else 0.0
+        rates = [peak * factor for factor in factors]
+        expected = direct_adamw(start[name], gradients[name], rates, decay, (0.8, 0.9))
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+        assert not np.allclose(parameter.detach().numpy(), start[name])
+    assert optimizers.rates() == {"matrices": 0, "embeddings": 0, "norms": 0, "scalars": 0}
+
+
+def test_under_muon_the_rest_equals_the_direct_adamw() -> None:
+    model = Transformer(ModelConfig(rule="triple_momentum", **SIZE)).double()
+    optimizers = Optimizers(model, TrainingConfig(adam_lr=0.1, scalar_lr=0.3, weight_decay=0.4))
+    start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    gradients: dict[str, list[Any]] = {name: [] for name in start}
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            gradients[name].append(parameter.grad.numpy().copy())
+        optimizers.step(1.0)
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.") and parameter.ndim == 2:
+            expected = direct_muon(
+                torch.from_numpy(start[name]), list(map(torch.from_numpy, gradients[name])),
+                0.02, 0.95,
+            ).numpy()  # fmt: skip
+        else:
+            rate = 0.3 if name.endswith("_raw") else 0.1
+            decay = 0.4 if parameter.ndim == 2 else 0.0
+            expected = direct_adamw(start[name], gradients[name], [rate] * 3, decay, (0.9, 0.95))
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
 # Muon
