@@ -41,6 +41,10 @@ class DivergedError(PolyakError):
     """A loss or gradient stopped being finite; the message names the step and the rule."""
 
 
+class StoppedError(PolyakError):
+    """Training was asked to stop by a signal; everything up to that step is in a checkpoint."""
+
+
 class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

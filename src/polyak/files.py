@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def make_folder(path: Path, *, error: type[PolyakError] = RunError) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise error(f"cannot create folder {path}: {_reason(problem)}") from problem
+        raise error(f"cannot create folder {path}: {reason(problem)}") from problem
     return path
 
 
@@ -53,7 +54,7 @@ def write_atomic(path: Path, data: bytes | str, *, error: type[PolyakError] = Ru
             raise
         sync_folder(path.parent)
     except OSError as problem:
-        raise error(f"cannot write {path}: {_reason(problem)}") from problem
+        raise error(f"cannot write {path}: {reason(problem)}") from problem
 
 
 def write_json(path: Path, value: Any, *, error: type[PolyakError] = RunError) -> None:
@@ -70,7 +71,7 @@ def read_json(path: Path, *, error: type[PolyakError] = RunError) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as problem:
-        raise error(f"cannot read {path}: {_reason(problem)}") from problem
+        raise error(f"cannot read {path}: {reason(problem)}") from problem
     except ValueError as problem:  # not UTF-8, or not JSON
         raise error(f"{path} is not valid JSON: {problem}") from problem
 
@@ -94,6 +95,46 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(problem: OSError) -> str:
+def sync_file(path: Path) -> None:
+    """Flush a file that another library wrote to the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, user: str) -> Iterator[None]:
+    """Hold a folder for this process alone; the lock goes with the process, however it ends.
+
+    Args:
+        folder: must exist; gets a file `.lock`.
+        user: the command that uses the folder, named when it is refused to a second one.
+
+    Raises:
+        RunError: another process holds it, or it cannot be written. Windows has no such lock:
+            two processes in one folder there are the user's to avoid.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        lock = (folder / ".lock").open("a")
+    except OSError as problem:
+        raise RunError(f"cannot write in {folder}: {reason(problem)}") from problem
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another {user}; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def reason(problem: OSError) -> str:
     """`Permission denied`, without the errno and the path that the message names already."""
     return problem.strerror or str(problem)

@@ -106,6 +106,39 @@ def parse(text: str, kind: Any, name: str) -> Any:
     raise ConfigError(f"{name} cannot be set from text; set its parts, as in {name}.PART=VALUE")
 
 
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """A value of a field's type: text as `parse` reads it, or a typed value, as from TOML.
+
+    Whole numbers serve as numbers, lists as tuples; no other type stands for another, so text
+    does not stand for a number in a file that has numbers of its own.
+
+    Raises:
+        ConfigError: the value is of another type; the message names field and type.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        kind = next(argument for argument in arguments if argument is not type(None))
+        return convert(value, kind, name)
+    if origin is typing.Literal and isinstance(value, str):
+        return parse(value, kind, name)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(part, arguments[0], name) for part in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if (kind is int and number and isinstance(value, int)) or (
+        kind in (str, bool) and isinstance(value, kind)
+    ):
+        return value
+    what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = what.get(kind) or (
+        "a list of numbers" if origin is tuple else "a table" if origin is dict else "text"
+    )
+    raise ConfigError(f"{name}={value!r} must be {expected}")
+
+
 def parse_free(text: str) -> Any:
     """Text as whatever it looks like: a boolean, a number, `a+b` as a tuple, or a string."""
     if text.lower() in ("true", "false"):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from mounts import mounted
 from tiny_runs import SETTINGS, polyak
 
 from polyak.cli.main import main
@@ -208,24 +206,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     words = ["compare", *SETTINGS, "--rules", RULES, "--corpus", str(corpus)]
     found = run([*words, "--out", str(tmp_path / under)], capsys)
     check(*found, "cannot create folder")
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system in memory; skips the test where mounting is not permitted."""
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    done = subprocess.run(
-        [mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_read_only_folder_is_one_line(corpus: Path, tmp_path: Path, capsys: Streams) -> None:

@@ -12,9 +12,10 @@ from tiny_runs import run_config
 from polyak import load_run
 from polyak.data.prepare import prepare
 from polyak.errors import PolyakError, RunError
-from polyak.training.loop import Trainer, train
+from polyak.training.loop import train
 from polyak.training.metrics import MetricsLog
 from polyak.training.runs import RunFolder
+from polyak.training.trainer import Trainer
 
 
 @pytest.fixture

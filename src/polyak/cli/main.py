@@ -9,9 +9,16 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "compare": "train rules side by side and report what differs",
+    "train": "train one model by a recipe, with checkpoints and exact resume",
+    "report": "draw the curves of any runs into one page",
     "rules": "print the family of update rules and what they cost",
+    "prepare": "turn a corpus into token shards, ready to train on",
     "bench": "time models and numerical kernels, interleaved",
 }
+
+
+STOPPED = 75
+"""Exit code of a training run that was told to stop: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
 def usage() -> str:
@@ -34,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0: done. 1: an error in one line on standard error. 2: the command line is wrong.
+    75: training was stopped by SIGTERM or SIGINT and saved a checkpoint; --resume goes on.
     130: interrupted; what was finished is kept.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -60,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from polyak.errors import PolyakError
+    from polyak.errors import PolyakError, StoppedError
 
     try:
         module = importlib.import_module(f"polyak.cli.{command}")
@@ -72,6 +80,9 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         sys.stderr.close()
         return 0
+    except StoppedError as stop:
+        print(f"polyak {command}: {stop}", file=sys.stderr)
+        return STOPPED
     except Exception as error:
         if debug:
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from polyak.ops.gram import gram_ema, gram_ema_flops
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply, inverse_sqrt_apply_flops
+from polyak.ops.linear_cross_entropy import linear_cross_entropy
 from polyak.ops.moments import ema, ema_square, rms_scale
 from polyak.ops.momentum import axpby, axpy, axpy_through, scaled_norm_add
 from polyak.ops.momentum_norm import momentum_norm
@@ -23,6 +24,7 @@ from polyak.ops.reference import (
     gram_ema_reference,
     inverse_sqrt_apply_reference,
     layer_norm_reference,
+    linear_cross_entropy_reference,
     momentum_norm_reference,
     newton_schulz_reference,
     orthogonalize_reference,
@@ -52,6 +54,8 @@ __all__ = [
     "inverse_sqrt_apply_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "momentum_norm",
     "momentum_norm_reference",
     "newton_schulz",

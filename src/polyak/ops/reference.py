@@ -163,3 +163,11 @@ def inverse_sqrt_apply_reference(m: Tensor, r: Tensor, steps: int = 10) -> Tenso
     for _ in range(steps):
         x = 0.5 * (x @ (3 * identity - x @ scaled @ x))
     return m @ x / norm.sqrt()
+
+
+def linear_cross_entropy_reference(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Σ_n log Σ_v exp(l_nv) − l_{n,t_n} with l = XWᵀ, in float32 or better."""
+    logits = features @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    at_target = logits.gather(1, targets[:, None])[:, 0]
+    return (torch.logsumexp(logits, dim=1) - at_target).sum()

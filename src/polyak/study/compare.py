@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from polyak.errors import RunError
-from polyak.files import make_folder, read_json, write_json
+from polyak.files import locked, make_folder, read_json, write_json
 from polyak.study import results as results_room
 from polyak.study import speed
 from polyak.study.config import CompareConfig
 from polyak.study.plan import Plan, make_plan, parse_sweep
 from polyak.study.pool import Job, Message, run_jobs
 from polyak.study.report import write_report
-from polyak.training.loop import run_settings, validation_set
+from polyak.training.loop import run_settings
 from polyak.training.runs import RunFolder
+from polyak.training.trainer import validation_set
 
 
 class Display(Protocol):
@@ -157,7 +156,7 @@ def compare(
     """
     plan = make_plan(config)
     make_folder(config.out)
-    with _locked(config.out):
+    with locked(config.out, "polyak compare"):
         study = _Study(
             plan, command or command_of(config), _created(config.out), display or Silent()
         )
@@ -200,29 +199,6 @@ def command_of(config: CompareConfig) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join(words)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one comparison at a time writes to a folder; the lock goes with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two comparisons there are the user's to avoid
-        yield
-        return
-    try:
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise RunError(f"cannot write in {folder}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder} is in use by another polyak compare; wait for it, or choose another "
-                "--out"
-            ) from None
-        yield
 
 
 def _created(out: Path) -> str:

@@ -5,8 +5,7 @@
     gradient_descent[tie_embeddings=false, update_norm=layer]
     path/to/my_rule.py:MyRule[d_model=160]
 
-Brackets set `ModelConfig` fields; a key that is no field but an option of the rule goes into
-`rule_options`.
+The syntax is that of `polyak.nn.rule_text`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyak import rules
-from polyak.errors import ConfigError, unknown
+from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
+from polyak.nn.rule_text import parse_rule
 from polyak.rules._registry import source_of
-from polyak.settings import parse_free, replace_all
+from polyak.settings import replace_all
 
 
 @dataclass(frozen=True)
@@ -71,59 +70,25 @@ def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
 
 def parse_entry(text: str, base: ModelConfig) -> Entry:
     """One entry; see `parse_entries`."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", text)
-    if match is None:
-        raise ConfigError(f"rules: cannot read {text!r}; write rule or rule[key=value,...]")
-    rule, brackets = match[1].strip(), match[2] or ""
-    if source_of(rule) is not None:
-        file, _, class_name = rule.rpartition(":")
-        # absolute, for other processes; a shell expands no "~" after a comma
-        rule = f"{Path(file).expanduser().resolve()}:{class_name}"
-    options = rules.get(rule).resolve({})
-    fields = [field.name for field in dataclasses.fields(ModelConfig)]
-    settings: dict[str, str] = {}
-    rule_options, given = dict(base.rule_options), set[str]()
-    for assignment in filter(None, (part.strip() for part in brackets.split(","))):
-        key, equals, value = (part.strip() for part in assignment.partition("="))
-        if not equals:
-            raise ConfigError(f"rules: {assignment!r} in {text!r} has no '='; write key=value")
-        if key in given:
-            raise ConfigError(f"rules: {key!r} is set twice in {text!r}; remove one")
-        given.add(key)
-        if key == "context_length":
-            raise ConfigError(
-                f"rules: {text!r}: entries that differ in context_length would not see the same "
-                "batches; set it for all, with --set model.context_length=N"
-            )
-        if key in fields and key != "rule":
-            settings[key] = value
-        elif (option := key.removeprefix("rule_options.")) in _all_options(rule, options):
-            rule_options[option] = parse_free(value)
-        else:
-            known = [*fields, *_all_options(rule, options)]
-            raise unknown(f"field or option in {text!r}:", key, known)
+    found = parse_rule(text, option="rules")
+    if "context_length" in found.fields:
+        raise ConfigError(
+            f"rules: {text!r}: entries that differ in context_length would not see the same "
+            "batches; set it for all, with --set model.context_length=N"
+        )
     model = dataclasses.replace(base, rule="gradient_descent", rule_options={}, stream_start=None)
+    settings = dict(found.fields)
     start = settings.pop("stream_start", base.stream_start)
     model = replace_all(model, settings)
     if start is not None and str(start).lower() == "none":
         start = None
     model = dataclasses.replace(
         model,
-        rule=rule,
-        rule_options=rule_options,
-        stream_start=start,  # type: ignore[arg-type]
+        rule=found.rule,
+        rule_options={**base.rule_options, **found.options},
+        stream_start=start,  # type: ignore[arg-type]  # checked by ModelConfig
     )
-    return Entry(_label(rule, brackets), model)
-
-
-def _all_options(rule: str, resolved: dict[str, object]) -> list[str]:
-    return sorted({*resolved, *rules.get(rule).scalars})
-
-
-def _label(rule: str, brackets: str) -> str:
-    name = rules.get(rule).name if ":" in rule else rule
-    inside = ",".join(part.strip() for part in brackets.split(",") if part.strip())
-    return f"{name}[{inside}]" if inside else name
+    return Entry(found.label, model)
 
 
 def widened(baseline: Entry, target: int) -> Entry:

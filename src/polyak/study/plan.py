@@ -25,9 +25,9 @@ from polyak.study.config import (
 from polyak.study.entries import Entry, parse_entries, widened
 from polyak.study.pool import Job
 from polyak.training.config import TrainingConfig
-from polyak.training.loop import check_vocabulary, device_of, validation_set
 from polyak.training.run_config import RunConfig
 from polyak.training.runs import available_cores
+from polyak.training.trainer import check_vocabulary, device_of, validation_set
 
 
 @dataclass(frozen=True)

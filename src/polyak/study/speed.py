@@ -14,8 +14,8 @@ from polyak.data.prepare import Prepared
 from polyak.files import read_json, write_json
 from polyak.study.entries import Entry
 from polyak.study.plan import Plan
-from polyak.training.loop import Trainer
 from polyak.training.run_config import RunConfig
+from polyak.training.trainer import Trainer
 
 ROUNDS, WARM_UP, TIMED = 5, 1, 2
 

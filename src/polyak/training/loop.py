@@ -1,4 +1,4 @@
-"""The training loop: batches in, a run folder out."""
+"""The training loop: batches in, a run folder out; stopped at any moment, it goes on from there."""
 
 from __future__ import annotations
 
@@ -6,160 +6,59 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from polyak.data.batches import TrainBatches, ValidationBatches
+from polyak.data.batches import ValidationBatches
 from polyak.data.prepare import Prepared, prepare
-from polyak.errors import ConfigError, DivergedError
-from polyak.files import write_json
-from polyak.nn.config import ModelConfig
+from polyak.errors import DivergedError, RunError, StoppedError
+from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
-from polyak.nn.transformer import Transformer
 from polyak.rules._registry import source_of
-from polyak.training.metrics import MetricsLog
-from polyak.training.optimizers import Optimizers, cosine_with_warmup, parameter_groups
-from polyak.training.rule_check import check_rule
+from polyak.training.checkpoints import Checkpoint, Checkpoints, due
+from polyak.training.distributed import World
+from polyak.training.divergence import SpikeDetector
+from polyak.training.journal import Journal
+from polyak.training.metrics import keep_until
 from polyak.training.run_config import RunConfig
 from polyak.training.runs import RunFolder, peak_memory_bytes, save_model
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from polyak.training.sam import uses_sam
+from polyak.training.signals import StopSignals
+from polyak.training.throughput import matmul_peak
+from polyak.training.trackers import open_trackers
+from polyak.training.trainer import Trainer, device_of, validation_set
 
 Progress = Callable[[dict[str, Any]], None]
 LOG_EVERY = 10
+CHANGEABLE = (
+    "training.steps",
+    "training.eval_every",
+    "training.checkpoint_every",
+    "training.checkpoint_minutes",
+    "training.keep_checkpoints",
+    "training.skip_nonfinite",
+)
+"""What a resumed run may change; each change is recorded in `run.json` and `metrics.jsonl`."""
 
 
-def device_of(name: str) -> torch.device:
-    """The device a config asks for.
+@dataclass
+class Counters:
+    """Where a run is: all of the loop's memory, saved with every checkpoint."""
 
-    Raises:
-        ConfigError: CUDA is asked for and there is none.
-    """
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise ConfigError("device='cuda': torch sees no CUDA device; use device='cpu'")
-    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
-
-
-def precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 autocast on CUDA; float32 as it is on CPU."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
-
-
-class Trainer:
-    """One model, its optimizers and its batches; `step` does one optimizer step.
-
-    Args:
-        config: model and recipe; `config.training.seed` seeds weights, dropout and data order.
-        data: the prepared corpus.
-
-    Raises:
-        ConfigError: the tokenizer's vocabulary is not the model's.
-        DataError: the corpus is shorter than one block.
-        RuleError: a user's rule fails, or returns something else than (x, state).
-    """
-
-    def __init__(self, config: RunConfig, data: Prepared) -> None:
-        self.config, self.recipe = config, config.training
-        check_vocabulary(config.model, data)
-        self.device = device_of(config.device)
-        torch.manual_seed(self.recipe.seed)
-        self.model = Transformer(config.model).to(self.device)
-        check_rule(self.model)
-        self.optimizers = Optimizers(self.model, self.recipe)
-        self.parameters = [p for group in parameter_groups(self.model).values() for p in group]
-        self.batches = TrainBatches(
-            data.train, config.model.context_length, self.recipe.batch_size, self.recipe.seed
-        )
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Target tokens of one optimizer step."""
-        return self.recipe.batch_size * self.config.model.context_length
-
-    def step(self, step: int) -> tuple[float, float]:
-        """Forward, backward and update on the batch of `step` (0-based).
-
-        Returns:
-            Mean loss in nats/token before the update, and the gradient's global L2 norm before
-            clipping.
-
-        Raises:
-            DivergedError: the loss or the gradient norm is not finite; weights are left alone.
-        """
-        micro = self.recipe.micro_batch_size or self.recipe.batch_size
-        total = 0.0
-        for part in torch.split(to_tensor(self.batches.batch(step), self.device), micro):
-            with precision(self.device):
-                loss = token_loss(self.model, part) / self.tokens_per_step
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(total) else "gradient norm"
-            raise DivergedError(
-                f"rule {self.model.rule.name} diverged: the {what} is not finite at step "
-                f"{step + 1} (seed {self.recipe.seed}); lower training.muon_lr or training.adam_lr"
-            )
-        self.optimizers.step(cosine_with_warmup(step, self.recipe))
-        return total, norm
-
-
-def token_loss(model: Transformer, batch: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of a batch (b, T+1): inputs [:, :-1], targets [:, 1:]."""
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
-
-
-def to_tensor(batch: NDArray[Any], device: torch.device) -> Tensor:
-    """A numpy batch of ids as int64 on the device."""
-    return torch.from_numpy(batch).to(device)
-
-
-def check_vocabulary(model: ModelConfig, data: Prepared) -> None:
-    """Raise ConfigError when the model has fewer ids than the tokenizer."""
-    if model.vocab_size < data.tokenizer.vocab_size:
-        raise ConfigError(
-            f"vocab_size={model.vocab_size} is smaller than the {data.tokenizer.vocab_size} tokens "
-            f"of tokenizer {data.tokenizer.name!r}; set model.vocab_size to at least that"
-        )
-
-
-@torch.no_grad()
-def validation_loss(model: Transformer, batches: ValidationBatches, device: torch.device) -> float:
-    """Mean loss over the fixed validation set, nats/token; dropout off."""
-    training = model.training
-    model.eval()
-    total = 0.0
-    for batch in batches:
-        with precision(device):
-            total += float(token_loss(model, to_tensor(batch, device)))
-    model.train(training)
-    return total / batches.tokens
-
-
-def validation_set(config: RunConfig, data: Prepared) -> ValidationBatches:
-    """The one fixed set that everything compared is measured on.
-
-    Raises:
-        ConfigError: `eval_tokens` is less than one block.
-        DataError: the validation side of the corpus is shorter than one block.
-    """
-    length, tokens = config.model.context_length, config.training.eval_tokens
-    if tokens < length:
-        raise ConfigError(
-            f"eval_tokens={tokens} is less than one block of context_length={length}; "
-            f"set training.eval_tokens to at least {length}"
-        )
-    return ValidationBatches(data.validation, length, 32, tokens)
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    updated: bool = False
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    window_loss: float = 0.0
+    norm: float | None = None
+    validation: float | None = None
+    recent: list[float] = field(default_factory=list)
 
 
 def run_settings(
@@ -179,102 +78,324 @@ def run_settings(
     }
 
 
-def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Train one model from scratch into a run folder; a finished run is returned as it is.
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool | None = None,
+    progress: Progress | None = None,
+    signals: bool = False,
+    last_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """Train one model into a run folder, from the start or from its newest whole checkpoint.
+
+    Resumed on the same machine with the same number of threads and processes, a run on the CPU
+    gives the losses, weights and optimizer state of one that was never stopped, bit for bit.
 
     Args:
         config: everything that defines the run.
         folder: the run's folder; see `polyak.training.runs`.
+        resume: True: the folder must hold a run, which goes on; its end may move
+            (`training.steps`). False: the folder must hold none. None: go on if there is a run
+            with equal settings, else begin.
         progress: called with {"step", "steps", "loss"} after every step.
+        signals: stop at SIGTERM and SIGINT, between two steps and with a checkpoint.
+        last_checkpoint: also save one after the last step, so that the run can be prolonged.
 
     Returns:
         The content of `result.json`: final validation loss, seconds, tokens per second, memory.
 
     Raises:
-        RunError: the folder cannot be written or holds a run with other settings.
-        DivergedError: the loss stopped being finite.
+        RunError: the folder cannot be written, is in use, or holds a run with other settings; or
+            a checkpoint could not be saved. The last good checkpoint is named.
+        DivergedError: the loss or gradient stopped being finite; also names the step, the first
+            bad parameter and the last good checkpoint.
+        StoppedError: a signal asked for a stop; the checkpoint is named.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    with ExitStack() as stack:
+        world = stack.enter_context(World.start(config.device))
+        run = RunFolder(folder)
+        if resume and not run.settings_file.exists():
+            raise RunError(f"{folder} is not a run: run.json is missing; leave out --resume")
+        if resume is False and run.settings_file.exists():
+            raise RunError(f"{folder} holds a run already; add --resume, or choose another --out")
+        if world.main:
+            make_folder(folder)
+            stack.enter_context(locked(folder, "polyak run"))
+        world.barrier()
+        data = _prepared(config, world)
+        validation = validation_set(config, data)
+        settings = run_settings(config, data, validation)
+        changes = run.check(settings, CHANGEABLE if resume else ())
+        finished = run.result()
+        if finished is not None and not _prolonged(changes):
+            return finished
+        session = _Session(config, run, data, validation, world, progress)
+        session.open(settings, changes)
+        if signals:
+            session.stop = stack.enter_context(StopSignals())
+        return session.run(last_checkpoint)
+
+
+def _prolonged(changes: dict[str, Any]) -> bool:
+    return "training.steps" in changes
+
+
+def _prepared(config: RunConfig, world: World) -> Prepared:
+    """The corpus; with several processes the first prepares it and the others find it made."""
+    if not world.main:
+        world.barrier()
     data = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
-    validation = validation_set(config, data)
-    run = RunFolder(folder)
-    settings = run_settings(config, data, validation)
-    run.check(settings)
-    finished = run.result()
-    if finished is not None:
-        return finished
-    trainer = Trainer(config, data)
-    run.begin(settings)
-    with MetricsLog(run.metrics_file) as log:
-        loss, seconds = _run_steps(trainer, validation, log, progress)
-    save_model(trainer.model, data.tokenizer, folder / "model")
-    tokens = config.training.steps * trainer.tokens_per_step
-    result = {
-        "steps": config.training.steps,
-        "tokens": tokens,
-        "loss": loss,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "threads": torch.get_num_threads(),
-    }
-    write_json(run.result_file, result)
-    return result
+    if world.main:
+        world.barrier()
+    return data
 
 
-def _run_steps(
-    trainer: Trainer, validation: ValidationBatches, log: MetricsLog, progress: Progress | None
-) -> tuple[float, float]:
-    """All steps with their log; returns the last validation loss and the training seconds."""
-    recipe, model = trainer.recipe, trainer.model
-    flops_per_step = cost(model.config).training_flops_per_token * trainer.tokens_per_step
-    model.train()
-    seconds, loss = 0.0, math.nan  # validation and logging are not counted
-    window_tokens, window_seconds, window_loss = 0, 0.0, 0.0
-    for step in range(recipe.steps):
+class _Session:
+    """One process's stretch of a run, from its start or a checkpoint to its end or a stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        data: Prepared,
+        validation: ValidationBatches,
+        world: World,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.recipe, self.world = config, config.training, world
+        self.run_folder, self.data, self.validation = run, data, validation
+        self.progress = progress
+        self.stop: StopSignals | None = None
+        self.trainer = Trainer(config, data, world)
+        self.checkpoints = Checkpoints(
+            run.checkpoints_folder, keep=self.recipe.keep_checkpoints, world=world
+        )
+        self.at = Counters()
+        self.spikes = SpikeDetector()
+        self.peak = matmul_peak(self.trainer.device, self._matmul_dtype()) * world.size
+        flops = cost(config.model).training_flops_per_token
+        self.flops_per_step = flops * self.trainer.tokens_per_step * self._passes()
+
+    def open(self, settings: dict[str, Any], changes: dict[str, Any]) -> None:
+        """Take up the run in the folder, or begin it."""
+        world, run = self.world, self.run_folder
+        found = self.checkpoints.newest() if run.settings_file.exists() else None
+        if found is None:
+            last = self.checkpoints.last_path()
+            if last is not None:
+                raise RunError(
+                    f"no checkpoint of {run.path} is whole, the newest is {last}; start again in "
+                    "another --out"
+                )
+            world.barrier()
+            if world.main:
+                run.begin(settings, self.config)
+        else:
+            world.barrier()
+            self._restore(found)
+            if world.main:
+                keep_until(run.metrics_file, self.at.step)
+                run.go_on(settings, self.config, changes, self.at.step)
+        world.barrier()
+        self.resumed = found
+        self.changes = changes
+
+    def run(self, last_checkpoint: bool) -> dict[str, Any]:
+        """All remaining steps, then the model and the result."""
+        with self._journal() as log:
+            if self.resumed is not None:
+                log.write(
+                    "resume",
+                    step=self.at.step,
+                    checkpoint=self.resumed.path.name,
+                    changes=self.changes,
+                    processes=self.world.size,
+                )
+            self._steps(log, last_checkpoint)
+        tokens = self.recipe.steps * self.trainer.tokens_per_step
+        result = {
+            "steps": self.recipe.steps,
+            "tokens": tokens,
+            "loss": self.at.validation,
+            "seconds": self.at.seconds,
+            "tokens_per_second": tokens / self.at.seconds if self.at.seconds else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "threads": torch.get_num_threads(),
+            "skipped": self.at.skipped,
+        }
+        save_model(
+            self.trainer.model, self.data.tokenizer, self.run_folder.path / "model", self.world
+        )
+        if self.world.main:
+            write_json(self.run_folder.result_file, result)
+        self.world.barrier()
+        return result
+
+    def _journal(self) -> Journal:
+        if not self.world.main:
+            return Journal(None)
+        run = self.run_folder
+        settings = {**self.config.to_dict(), "flops_per_step": self.flops_per_step}
+        name = f"{self.config.model.rule}-seed{self.recipe.seed}"
+        tracker = open_trackers(self.config.trackers, run.path, name, settings)
+        return Journal(run.metrics_file, tracker)
+
+    def _steps(self, log: Journal, last_checkpoint: bool) -> None:
+        at, recipe, trainer = self.at, self.recipe, self.trainer
+        save_now = due(recipe.checkpoint_every, recipe.checkpoint_minutes)
+        saved_at = time.monotonic()
+        trainer.model.train()
+        while at.step < recipe.steps:
+            self._one(log)
+            done = at.step == recipe.steps
+            if at.step % recipe.eval_interval == 0 or done:
+                self._validate(log)
+            stopped = self.stop.requested if self.stop is not None else None
+            wanted = stopped is not None or save_now(at.step, time.monotonic() - saved_at)
+            # one question to all processes: clocks and signals differ between them
+            if self.world.any(wanted if not done else last_checkpoint):
+                path = self._save(log)
+                saved_at = time.monotonic()
+                if not done and self.world.any(stopped is not None):
+                    raise StoppedError(
+                        f"stopped by {stopped or 'a signal to another process'} after step "
+                        f"{at.step} of {recipe.steps}; go on with --resume from {path}"
+                    )
+
+    def _one(self, log: Journal) -> None:
+        """One optimizer step with its share of the log."""
+        at, trainer = self.at, self.trainer
         began = time.perf_counter()
-        train_loss, norm = trainer.step(step)
+        try:
+            loss, norm = trainer.step(at.step)
+        except DivergedError as error:
+            self._skip(log, error)
+            return
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - began
-        seconds += elapsed
-        window_tokens, window_seconds = (
-            window_tokens + trainer.tokens_per_step,
-            window_seconds + elapsed,
+        at.updated = True
+        at.step += 1
+        at.seconds += elapsed  # validation, logging and saving are not counted
+        at.window_seconds += elapsed
+        at.window_tokens += trainer.tokens_per_step
+        at.window_loss += loss * trainer.tokens_per_step
+        at.norm = norm
+        usual = self.spikes.see(loss)
+        if usual is not None:
+            log.write("spike", **self._place(), loss=loss, usual=usual, gradient_norm=norm)
+        if at.step % LOG_EVERY == 0 or at.step == self.recipe.steps:
+            self._log_window(log)
+        self._tell(loss)
+
+    def _skip(self, log: Journal, error: DivergedError) -> None:
+        """Leave out a step that was not finite, as often as the recipe allows."""
+        at, allowed = self.at, self.recipe.skip_nonfinite
+        if at.skipped >= allowed:
+            often = f"; {at.skipped} steps were skipped before" if allowed else ""
+            raise DivergedError(
+                f"{error}{often}; last good checkpoint: {self.checkpoints.last_path() or 'none'}"
+            ) from error
+        at.step += 1
+        at.skipped += 1
+        log.write("skipped", **self._place(), skipped=at.skipped, allowed=allowed, why=str(error))
+        if at.step == self.recipe.steps and at.window_tokens:
+            self._log_window(log)
+        self._tell(None)
+
+    def _tell(self, loss: float | None) -> None:
+        if self.progress is not None and self.world.main:
+            self.progress({"step": self.at.step, "steps": self.recipe.steps, "loss": loss})
+
+    def _log_window(self, log: Journal) -> None:
+        at = self.at
+        if not at.window_tokens:
+            return  # every step of the window was skipped
+        speed = at.window_tokens / at.window_seconds
+        flops = self.flops_per_step * speed / self.trainer.tokens_per_step
+        log.write(
+            "train",
+            **self._place(),
+            loss=at.window_loss / at.window_tokens,
+            gradient_norm=at.norm,
+            tokens_per_second=speed,
+            flops_per_second=flops,
+            peak_fraction=flops / self.peak,
+            memory_bytes=peak_memory_bytes(),
+            rates=self.trainer.optimizers.rates(),
+            scalars=self.trainer.model.scalars(),
         )
-        window_loss += train_loss * trainer.tokens_per_step
-        done = step + 1
-        at = {
-            "step": done,
-            "tokens": done * trainer.tokens_per_step,
-            "flops": done * flops_per_step,
-            "seconds": round(seconds, 4),
-        }
-        if done % LOG_EVERY == 0 or done == recipe.steps:
-            factor = cosine_with_warmup(step, recipe)
-            log.write(
-                "train",
-                **at,
-                loss=window_loss / window_tokens,
-                gradient_norm=norm,
-                tokens_per_second=window_tokens / window_seconds,
-                rates={
-                    "muon": factor * recipe.muon_lr,
-                    "adam": factor * recipe.adam_lr,
-                    "scalar": factor * recipe.scalar_lr,
-                },
-                scalars=model.scalars(),
+        at.window_tokens, at.window_seconds, at.window_loss = 0, 0.0, 0.0
+
+    def _validate(self, log: Journal) -> None:
+        at = self.at
+        loss = self.trainer.validation_loss(self.validation)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"rule {self.trainer.model.rule.name} diverged: the validation loss is not finite "
+                f"after step {at.step} (seed {self.recipe.seed}); lower training.muon_lr or "
+                f"training.adam_lr; last good checkpoint: {self.checkpoints.last_path() or 'none'}"
             )
-            window_tokens, window_seconds, window_loss = 0, 0.0, 0.0
-        if done % recipe.eval_interval == 0 or done == recipe.steps:
-            loss = validation_loss(model, validation, trainer.device)
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"rule {model.rule.name} diverged: the validation loss is not finite after "
-                    f"step {done} (seed {recipe.seed}); lower training.muon_lr or training.adam_lr"
-                )
-            log.write("validation", **at, loss=loss, scalars=model.scalars())
-        if progress is not None:
-            progress({"step": done, "steps": recipe.steps, "loss": train_loss})
-    return loss, seconds
+        at.validation = loss
+        log.write("validation", **self._place(), loss=loss, scalars=self.trainer.model.scalars())
+
+    def _place(self) -> dict[str, Any]:
+        at = self.at
+        return {
+            "step": at.step,
+            "tokens": at.step * self.trainer.tokens_per_step,
+            "flops": at.step * self.flops_per_step,
+            "seconds": round(at.seconds, 4),
+        }
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        model = self.trainer.model
+        return {
+            "model": {name: p.detach() for name, p in model.named_parameters()},
+            "optimizer": self.trainer.optimizers.named_state(model),
+        }
+
+    def _save(self, log: Journal) -> Path:
+        began = time.perf_counter()
+        self.at.recent = list(self.spikes.recent)
+        log.sync()  # rows of the steps before a checkpoint are as safe as the checkpoint
+        path = self.checkpoints.save(self.at.step, self._tensors(), asdict(self.at))
+        took = round(time.perf_counter() - began, 4)
+        log.write("checkpoint", **self._place(), checkpoint=path.name, took=took)
+        return path
+
+    def _restore(self, found: Checkpoint) -> None:
+        model = self.trainer.model
+        try:
+            self.at = Counters(**found.state)
+        except TypeError as error:
+            raise RunError(f"{found.path / 'state.json'} is not a training state") from error
+        if self.at.step > self.recipe.steps:
+            raise RunError(
+                f"training.steps={self.recipe.steps} is before the checkpoint at step "
+                f"{self.at.step}; choose at least that"
+            )
+        parameters = dict(model.named_parameters())
+        weights = found.load("model", parameters, self.world)
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(value)
+        optimizers = self.trainer.optimizers
+        like = optimizers.named_state(model, template=True) if self.at.updated else {}
+        optimizers.load_named_state(model, found.load("optimizer", like, self.world))
+        self.spikes = SpikeDetector(self.at.recent)
+
+    def _matmul_dtype(self) -> torch.dtype:
+        with_bfloat16 = self.recipe.precision == "bfloat16" or (
+            self.recipe.precision == "auto" and self.trainer.device.type == "cuda"
+        )
+        return torch.bfloat16 if with_bfloat16 else torch.float32
+
+    def _passes(self) -> float:
+        """Gradients per step: two with SAM, on average over the schedule."""
+        steps = self.recipe.steps
+        doubled = sum(uses_sam(step, self.recipe) for step in range(steps))
+        return 1 + doubled / steps

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from polyak.errors import unknown
 from polyak.nn.config import ModelConfig
 from polyak.training.config import TrainingConfig
 
 Device = Literal["auto", "cpu", "cuda"]
+Parallel = Literal["auto", "none", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that defines one run."""
+    """Everything that defines one run.
+
+    Raises:
+        ConfigError: a field cannot work; the message names it, its value and the fix.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -27,17 +33,41 @@ class RunConfig:
     """`bytes`, or `bpe-N` trained on the corpus with N tokens."""
     device: Device = "auto"
     """`cuda` trains under bfloat16 autocast, `cpu` in float32; `auto` takes CUDA if there is."""
+    parallel: Parallel = "auto"
+    """How processes started by torchrun share the work: `ddp` copies the model, `fsdp` shards it;
+    `auto`: ddp with several processes."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
     threads: int | None = None
     """CPU threads; None leaves torch's own choice."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("device", Device), ("parallel", Parallel)):
+            if getattr(self, name) not in get_args(kind):
+                raise unknown(name, str(getattr(self, name)), get_args(kind))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "model": self.model.to_dict(), "training": self.training.to_dict()}
+        return {
+            **values,
+            "model": self.model.to_dict(),
+            "training": self.training.to_dict(),
+            "trackers": list(self.trackers),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Back from `to_dict`."""
+        """Back from `to_dict`.
+
+        Raises:
+            UnknownNameError: a key is not a field; the nearest is offered.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown("run setting", key, known)
         return cls(
             **{
                 **values,

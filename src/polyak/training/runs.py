@@ -1,7 +1,8 @@
 """Run folders: what one training run leaves behind, and how it is read again.
 
 run.json        resolved settings, fingerprints, versions, hardware; written first
-metrics.jsonl   one line per logged step and per validation
+metrics.jsonl   one line per logged step, validation and event
+checkpoints/    see `polyak.training.checkpoints`
 model/          config.json, model.safetensors, tokenizer.json
 result.json     how the run ended; written last, so a run without it did not finish
 """
@@ -12,16 +13,19 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.errors import RunError
-from polyak.files import make_folder, read_json, sha256_of, write_json
+from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
 
 if TYPE_CHECKING:
     from polyak.data.tokenizers import Tokenizer
     from polyak.nn.transformer import Transformer
+    from polyak.training.distributed import World
+    from polyak.training.run_config import RunConfig
 
 FORMAT = 1
 
@@ -51,40 +55,89 @@ class RunFolder:
         """`result.json`."""
         return self.path / "result.json"
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    @property
+    def checkpoints_folder(self) -> Path:
+        """`checkpoints/`."""
+        return self.path / "checkpoints"
+
+    def begin(self, settings: dict[str, Any], config: RunConfig) -> None:
         """Start the run afresh: write `run.json`, clear what an unfinished attempt left.
+
+        Args:
+            settings: what makes the run the run it is.
+            config: what it was started with, to go on with later from anywhere.
 
         Raises:
             RunError: the folder cannot be written, or holds a run with other settings.
         """
         make_folder(self.path)
         self.check(settings)
-        try:
-            self.result_file.unlink(missing_ok=True)
-            self.metrics_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot write in {self.path}: {error.strerror}") from error
-        write_json(
-            self.settings_file,
-            {"format": FORMAT, "settings": settings, "environment": environment()},
-        )
+        self._clear(self.result_file, self.metrics_file)
+        content = {
+            "format": FORMAT,
+            "settings": settings,
+            "config": _anywhere(config),
+            "environment": environment(),
+            "resumed": [],
+        }
+        write_json(self.settings_file, content)
 
-    def check(self, settings: dict[str, Any]) -> None:
-        """Refuse a folder whose run has other settings.
+    def go_on(
+        self, settings: dict[str, Any], config: RunConfig, changes: dict[str, Any], step: int
+    ) -> None:
+        """Record that the run goes on from a checkpoint, and what was changed for that.
 
         Raises:
-            RunError: naming up to four settings that differ, with both values.
+            RunError: the folder cannot be written.
+        """
+        recorded = read_json(self.settings_file)
+        record = {"step": step, "changes": changes, "environment": environment()}
+        resumed = [*recorded.get("resumed", []), record]
+        now = {"settings": settings, "config": _anywhere(config), "resumed": resumed}
+        write_json(self.settings_file, {**recorded, **now})
+        self._clear(self.result_file)
+
+    def _clear(self, *files: Path) -> None:
+        try:
+            for file in files:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write in {self.path}: {error.strerror}") from error
+
+    def check(self, settings: dict[str, Any], changeable: Sequence[str] = ()) -> dict[str, Any]:
+        """Refuse a folder whose run has other settings.
+
+        Args:
+            settings: of the run that is wanted.
+            changeable: names that may differ, as `training.steps`.
+
+        Returns:
+            The changeable settings that differ: name → [there, wanted].
+
+        Raises:
+            RunError: naming up to four other settings that differ, with both values.
         """
         if not self.settings_file.exists():
-            return
-        recorded = read_json(self.settings_file).get("settings", {})
-        differences = list(_differences(recorded, json.loads(json.dumps(settings))))
-        if differences:
-            shown = "; ".join(differences[:4]) + (" …" if len(differences) > 4 else "")
+            return {}
+        recorded = read_json(self.settings_file)
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
+            raise RunError(f"{self.settings_file} is not a run's: it has no 'settings'")
+        wanted = json.loads(json.dumps(settings))
+        differences = {
+            name: [there, now] for name, there, now in _differences(recorded["settings"], wanted)
+        }
+        refused = [
+            f"{name}: {there!r} there, {now!r} now"
+            for name, (there, now) in differences.items()
+            if name not in changeable
+        ]
+        if refused:
+            shown = "; ".join(refused[:4]) + (" …" if len(refused) > 4 else "")
             raise RunError(
                 f"{self.path} holds a run with other settings ({shown}); "
                 "choose another --out, or remove that folder"
             )
+        return differences
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it did not."""
@@ -119,14 +172,25 @@ class RunFolder:
         return rows
 
 
-def _differences(recorded: Any, wanted: Any, name: str = "") -> Any:
+def _anywhere(config: RunConfig) -> dict[str, Any]:
+    """The configuration with paths that hold in every working folder."""
+    values = config.to_dict()
+    for name in ("corpus", "tokenizer"):
+        path = Path(values[name]).expanduser()
+        if path.exists() and not values[name].isidentifier():
+            values[name] = str(path.resolve())
+    return values
+
+
+def _differences(recorded: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, there, wanted) of every value that differs between two nested mappings."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         for key in sorted({*recorded, *wanted}):
             yield from _differences(
                 recorded.get(key), wanted.get(key), f"{name}.{key}" if name else key
             )
     elif recorded != wanted:
-        yield f"{name}: {recorded!r} there, {wanted!r} now"
+        yield name, recorded, wanted
 
 
 def environment() -> dict[str, Any]:
@@ -202,20 +266,22 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, world: World) -> None:
     """Write configuration, weights (tied ones once) and tokenizer into `folder`.
+
+    Every process calls it, since sharded weights are gathered; the first one writes.
 
     Raises:
         RunError: the folder cannot be written.
     """
     from safetensors.torch import save
 
-    from polyak.files import write_atomic
+    from polyak.training.dtensors import whole
 
+    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in model.named_parameters()}
+    if not world.main:
+        return
     make_folder(folder)
-    weights = {
-        name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()
-    }
     tokenizer.save(folder)
     write_json(folder / "config.json", {"polyak": model.config.to_dict()})
     write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))

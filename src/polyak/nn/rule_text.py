@@ -1,0 +1,83 @@
+"""A rule with options in square brackets, as text: `triple_momentum[stream_start=zeros]`.
+
+Brackets set `ModelConfig` fields; a key that is no field but an option of the rule goes into
+`rule_options`. Used by `polyak train --rule` and by the entries of a comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyak import rules
+from polyak.errors import ConfigError, unknown
+from polyak.nn.config import ModelConfig
+from polyak.rules._registry import source_of
+from polyak.settings import parse_free
+
+
+@dataclass(frozen=True)
+class RuleText:
+    """What such a text says.
+
+    Attributes:
+        rule: registered name, or absolute `path/to/file.py:Class`.
+        brackets: what stood between the brackets.
+        fields: `ModelConfig` fields set in brackets, still as text.
+        options: the rule's own options set in brackets.
+    """
+
+    rule: str
+    brackets: str
+    fields: dict[str, str]
+    options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The rule's short name and its brackets."""
+        name = rules.get(self.rule).name if ":" in self.rule else self.rule
+        inside = ",".join(part.strip() for part in self.brackets.split(",") if part.strip())
+        return f"{name}[{inside}]" if inside else name
+
+
+def parse_rule(text: str, option: str = "rule") -> RuleText:
+    """Read a rule with its brackets.
+
+    Args:
+        text: for example `"nesterov[mu=0.3, tie_embeddings=false]"`.
+        option: what the text was given as, for error messages.
+
+    Raises:
+        ConfigError: the text is not of that form, or sets a key twice.
+        UnknownNameError: an unknown rule, field or option; the nearest is offered.
+    """
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", text)
+    if match is None:
+        raise ConfigError(f"{option}: cannot read {text!r}; write rule or rule[key=value,...]")
+    rule, brackets = match[1].strip(), match[2] or ""
+    if source_of(rule) is not None:
+        file, _, class_name = rule.rpartition(":")
+        # absolute, for other processes; a shell expands no "~" after a comma
+        rule = f"{Path(file).expanduser().resolve()}:{class_name}"
+    known_options = sorted({*rules.get(rule).resolve({}), *rules.get(rule).scalars})
+    known_fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    given = set[str]()
+    for assignment in filter(None, (part.strip() for part in brackets.split(","))):
+        key, equals, value = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            raise ConfigError(f"{option}: {assignment!r} in {text!r} has no '='; write key=value")
+        if key in given:
+            raise ConfigError(f"{option}: {key!r} is set twice in {text!r}; remove one")
+        given.add(key)
+        if key in known_fields and key != "rule":
+            fields[key] = value
+        elif (name := key.removeprefix("rule_options.")) in known_options:
+            options[name] = parse_free(value)
+        else:
+            raise unknown(f"field or option in {text!r}:", key, [*known_fields, *known_options])
+    return RuleText(rule, brackets, fields, options)

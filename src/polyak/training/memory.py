@@ -1,0 +1,219 @@
+"""Memory that training needs, from a step carried out on tensors without data.
+
+The model, the loss and the optimizers run as they do in training, on fake tensors: torch works
+out every shape, dtype and saved tensor, and nothing is computed or allocated. Counting which of
+their storages are alive at each moment gives the peak as torch's allocator would see it.
+Left out: the interpreter and torch themselves, kernels' own work space, the allocator's rounding
+and fragmentation, and what `torch.compile` changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from polyak.nn.transformer import Transformer
+from polyak.ops import inverse_sqrt
+from polyak.training.loss import LossModule
+from polyak.training.optimizers import Optimizers
+from polyak.training.run_config import RunConfig
+
+# `polyak.ops` has a function of that name
+_vocabulary: Any = importlib.import_module("polyak.ops.linear_cross_entropy")
+
+VALIDATION_SEQUENCES = 32
+"""Sequences in a batch of the validation set, see `trainer.validation_set`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes that one process holds: parts first, then the peaks of a step's phases."""
+
+    weights: int
+    """The parameters, tied ones once."""
+    gradients: int
+    """Their gradients."""
+    optimizer: int
+    """Momentum and moments of the optimizers."""
+    perturbation: int
+    """SAM's copy of the weights; 0 without SAM."""
+    buckets: int
+    """DDP's copy of the gradients; 0 with one process."""
+    activations: int
+    """What one micro-batch saves for its gradient, up to the final norm."""
+    temporary: int
+    """What is held beside all that at the peak of the two passes: logits and their gradients, or
+    temporaries of the backward pass."""
+    forward_backward: int
+    """Peak over the forward and backward passes."""
+    update: int
+    """Peak while the weights are updated."""
+    validation: int
+    """Peak while the validation loss is computed."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return max(self.forward_backward, self.update, self.validation)
+
+
+def memory(
+    config: RunConfig, *, processes: int = 1, bfloat16: bool = False, buckets: bool = False
+) -> Memory:
+    """What training `config` holds in one of its processes, which has the whole model.
+
+    Args:
+        config: the run; its rule's step is carried out on tensors without data.
+        processes: that share the global batch.
+        bfloat16: under autocast, by the CPU's list of operations, which is close to CUDA's.
+        buckets: gradients are exchanged by DDP, through a copy of their own.
+
+    Raises:
+        RuleError, ConfigError: the model or its optimizers cannot be built.
+    """
+    recipe, length = config.training, config.model.context_length
+    share = recipe.batch_size // processes
+    rows = recipe.micro_batch_size or share
+    with torch.device("meta"):  # not in the fake mode: building a model reads a drawn seed
+        model = Transformer(config.model)
+    live = _Live()
+    with _as_with_data(), FakeTensorMode(allow_non_fake_inputs=True), live:
+        model.to_empty(device="cpu")
+        if config.model.tie_embeddings:  # every module has got storage of its own
+            model.head.weight = model.embedding.tokens.weight
+        weights = live.held
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizers = Optimizers(model, recipe)
+        gradients, state, update = _optimizer_memory(live, parameters, optimizers)
+        loss, resting, marks = LossModule(model, recipe.vocabulary_loss), live.held, list[int]()
+        model.norm.register_forward_hook(lambda *_: marks.append(live.held))
+        # from the second micro-batch on, the gradients of those before are there
+        passes = 1 if rows == share else 2
+        ids = torch.empty(rows, length + 1, dtype=torch.int64)
+        sequences = -(-min(VALIDATION_SEQUENCES, recipe.eval_tokens // length) // processes)
+
+        def accumulate() -> None:
+            for _ in range(passes):
+                with _autocast(bfloat16):
+                    loss(ids).backward()
+
+        def validate() -> None:
+            with torch.no_grad(), _autocast(bfloat16):
+                loss(torch.empty(sequences, length + 1, dtype=torch.int64))
+
+        peak, saved = live.peak_of(accumulate), marks[-1]
+        for parameter in parameters:
+            parameter.grad = None
+        model.eval()
+        validation = live.peak_of(validate)
+    copy = weights if recipe.sam != "off" else 0
+    exchanged = gradients if buckets else 0
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        perturbation=copy,
+        buckets=exchanged,
+        activations=saved - resting - (gradients if passes == 2 else 0),
+        temporary=peak - saved,
+        forward_backward=peak + copy + exchanged,
+        update=update + exchanged,
+        validation=validation + exchanged,
+    )
+
+
+def _optimizer_memory(
+    live: _Live, parameters: Sequence[Tensor], optimizers: Optimizers
+) -> tuple[int, int, int]:
+    """Bytes of the gradients, of the optimizers' state, and the peak of an update."""
+    gradients = state = update = 0
+    for _ in range(2):  # the first update makes the state
+        before = live.held
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients = live.held - before
+        update = live.peak_of(lambda: optimizers.step(1.0))
+        state += live.held - before
+    return gradients, state, update
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Counts the bytes of all storages that are alive, among those made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # nor here
+        self.held = 0
+        self._peak = 0
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def peak_of(self, step: Callable[[], object]) -> int:
+        """The most bytes that are held at once during `step`."""
+        self._peak = self.held
+        step()
+        return self._peak
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: object) -> None:
+            self.held -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.held += size
+        self._peak = max(self._peak, self.held)
+
+
+def _autocast(bfloat16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16) if bfloat16 else nullcontext()
+
+
+@contextmanager
+def _as_with_data() -> Iterator[None]:
+    """Take fake tensors through the forms that tensors with data take, for this module's use.
+
+    The loss over the vocabulary has a plain form for tensor subclasses, which fake tensors are to
+    Python. The inverse square root works in thousands of slices small enough for a cache: nothing
+    to the peak, but minutes to go through one by one; here it makes its results only.
+    """
+
+    def value(m: Tensor, r: Tensor, steps: int) -> Tensor:
+        return torch.empty_like(m)
+
+    def vjp(m: Tensor, r: Tensor, grad: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(m), torch.empty_like(r)
+
+    def ordinary(*tensors: Tensor) -> bool:
+        return True
+
+    kept = inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary
+    inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary = value, vjp, ordinary
+    try:
+        yield
+    finally:
+        inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary = kept

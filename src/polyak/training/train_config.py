@@ -1,0 +1,173 @@
+"""`TrainOptions`: the options of `polyak train`, and the run that they describe. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyak.errors import ConfigError, RunError, unknown
+from polyak.files import read_json
+from polyak.training import recipes
+from polyak.training.run_config import Device, Parallel, RunConfig
+
+DEFAULT_RECIPE = "quick"
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """What is trained, and where it goes.
+
+    Raises:
+        ConfigError: options that exclude each other.
+    """
+
+    recipe: str | None = None
+    """A recipe's name, or a TOML file of your own. Default: `quick`."""
+    rule: str | None = None
+    """Update rule, options in brackets: `triple_momentum[stream_start=zeros]`,
+    `path/to/my_rule.py:MyRule`. Default: the recipe's."""
+    corpus: str | None = None
+    """Corpus name, or path to text files, a folder, JSONL or Parquet. Default: the recipe's."""
+    text_field: str | None = None
+    """Field that holds the text in JSONL and Parquet. Default: the recipe's, or `text`."""
+    tokenizer: str | None = None
+    """`bytes`, `bpe-N`, `gpt2`, or a tokenizer's folder. Default: the recipe's."""
+    steps: int | None = None
+    """Optimizer steps. Default: the recipe's. With --resume: where the run ends now."""
+    seed: int | None = None
+    """Seed of weights, dropout and the order of the data. Default: the recipe's."""
+    device: Device | None = None
+    """`cpu`, `cuda` or `auto`. Default: the recipe's, or `auto`."""
+    parallel: Parallel | None = None
+    """How processes started by torchrun share the work. Default: the recipe's, or `auto`."""
+    set: tuple[str, ...] = ()
+    """Any other setting: `training.muon_lr=0.01`, `model.num_layers=6`, `threads=2`."""
+    track: str | None = None
+    """Also send metrics to `tensorboard`, `wandb` or `trackio`; several separated by commas."""
+    out: Path = Path("runs/train")
+    """The run's folder; a run that is there already is not touched without --resume."""
+    resume: bool = False
+    """Go on with the run in --out from its newest whole checkpoint, with its own settings."""
+    dry_run: bool = False
+    """Print the configuration and what it will take, and train nothing."""
+    tokens_per_second: float | None = None
+    """With --dry-run: tokens/s of all processes together, to estimate hours from."""
+    processes: int | None = None
+    """With --dry-run: plan for so many processes. Default: those of torchrun, or one."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.recipe is not None:
+            raise ConfigError(
+                "with --resume the settings are those of the run in --out; leave out --recipe"
+            )
+        for name in ("tokens_per_second", "processes"):
+            value = getattr(self, name)
+            option = f"--{name.replace('_', '-')}"
+            if value is not None and not self.dry_run:
+                raise ConfigError(f"{option} plans a run; add --dry-run, or leave it out")
+            if value is not None and not value > 0:
+                raise ConfigError(f"{option}={value!r} must be above 0")
+
+
+def resolve(options: TrainOptions) -> RunConfig:
+    """The run that the options describe: the recipe or the resumed run, then what they set.
+
+    Raises:
+        PolyakError: anything that is mistyped; the nearest valid key is offered.
+    """
+    if options.resume:
+        base = _recorded(options.out)
+        prefix = ""
+    else:
+        name = DEFAULT_RECIPE if options.recipe is None else options.recipe
+        base = recipes.read(name)
+        prefix = f"recipe {name}: "
+        recipes.build(base, prefix)  # its own mistakes are its own
+    given = _given(options)
+    if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
+        base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
+    return recipes.build({**base, **given})
+
+
+def _given(options: TrainOptions) -> recipes.Settings:
+    """What the options set, by dotted key."""
+    given: recipes.Settings = {}
+    source: dict[str, str] = {}
+
+    def put(key: str, value: Any, option: str) -> None:
+        if key in given:
+            both = f"{source[key]} and {option}" if source[key] != option else f"{option} twice"
+            raise ConfigError(f"{key} is set by {both}; leave one out")
+        given[key], source[key] = value, option
+
+    if options.rule is not None:
+        from polyak.nn.rule_text import parse_rule
+
+        found = parse_rule(options.rule)
+        put("model.rule", found.rule, "--rule")
+        for field, text in found.fields.items():
+            put(f"model.{field}", recipes.from_text(f"model.{field}", text), "--rule")
+        for name, value in found.options.items():
+            put(f"{recipes.FREE}{name}", value, "--rule")
+    for key in ("corpus", "text_field", "tokenizer", "device", "parallel"):
+        if getattr(options, key) is not None:
+            put(key, getattr(options, key), f"--{key.replace('_', '-')}")
+    for key in ("steps", "seed"):
+        if getattr(options, key) is not None:
+            put(f"training.{key}", getattr(options, key), f"--{key}")
+    if options.track is not None:
+        put("trackers", _trackers(options.track), "--track")
+    for assignment in options.set:
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            raise ConfigError(f"--set {assignment!r} has no '='; write KEY=VALUE")
+        try:
+            put(key, recipes.from_text(key, text), "--set")
+        except ConfigError as error:
+            raise type(error)(f"--set {error}") from error
+    return given
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+    return names
+
+
+def _recorded(folder: Path) -> recipes.Settings:
+    """The settings of the run in a folder, by dotted key.
+
+    Raises:
+        RunError: there is no run, or it does not say where its corpus lies.
+    """
+    file = folder / "run.json"
+    if not file.exists():
+        raise RunError(f"{folder} is not a run: run.json is missing; leave out --resume")
+    content = read_json(file)
+    recorded = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(recorded, dict):
+        raise RunError(
+            f"{file} has no 'config', the settings to go on with; start again in another --out"
+        )
+    return _flat(RunConfig.from_dict(recorded))
+
+
+def _flat(config: RunConfig) -> recipes.Settings:
+    settings: recipes.Settings = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in recipes.SECTIONS:
+            settings[field.name] = value
+            continue
+        for inner in dataclasses.fields(value):
+            key = f"{field.name}.{inner.name}"
+            if f"{key}." == recipes.FREE:
+                settings |= {f"{key}.{k}": v for k, v in getattr(value, inner.name).items()}
+            else:
+                settings[key] = getattr(value, inner.name)
+    return settings
