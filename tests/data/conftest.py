@@ -7,12 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+# Read when huggingface_hub is imported, so it is set before any test.
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), f"polyak-tests-hf-{os.getpid()}")
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_hub_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

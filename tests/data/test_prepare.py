@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from polyak.data.batches import TrainBatches, ValidationBatches
 from polyak.data.corpora import load_corpus
-from polyak.data.prepare import Prepared, open_prepared, prepare
+from polyak.data.prepare import Done, Prepared, open_prepared, prepare, verify
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
 from polyak.data.tokenizers import ByteTokenizer
 from polyak.data.workspace import building, default_cache
@@ -33,7 +33,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 _PAUSING = """
 import pathlib, sys
 from polyak.data.prepare import prepare
-def pause(documents, characters):
+def pause(done):
     print("middle", flush=True)
     sys.stdin.readline()
 print(prepare(sys.argv[1], cache=pathlib.Path(sys.argv[2]), progress=pause).fingerprint)
@@ -241,7 +241,7 @@ def test_killing_in_the_middle_leaves_nothing_that_looks_finished(texts: Path, c
         process.kill()
     left = _folders(cache)
     assert left
-    assert all(name.startswith(".writing-") for name in left)
+    assert all(name.startswith(".partial-") for name in left)
     prepared = prepare(str(texts), cache=cache)
     assert prepared.train[:].tolist() == _expected(texts, 0, prepared)
     assert _folders(cache) == [prepared.folder.name]  # what the killed one left is gone
@@ -264,24 +264,51 @@ def test_killing_at_random_moments_never_leaves_a_wrong_folder(texts: Path, cach
             process.send_signal(signal.SIGKILL)
         if (cache / "prepared").exists():
             for name in _folders(cache):
-                if not name.startswith(".writing-"):
+                if not name.startswith("."):
                     open_prepared(cache / "prepared" / name)  # complete, to the last hash
     prepared = prepare(str(texts), cache=cache, shard_tokens=150)
     assert prepared.train[:].tolist() == _expected(texts, 0, prepared)
-    prepare(str(texts), cache=cache)
-    assert not [name for name in _folders(cache) if name.startswith(".writing-")]
+    assert not [name for name in _folders(cache) if name.startswith(".")]
 
 
-def test_two_processes_may_prepare_the_same_corpus_at_once(texts: Path, cache: Path) -> None:
-    first, second = _pausing(texts, cache), _pausing(texts, cache)
-    assert len([name for name in _folders(cache) if name.startswith(".writing-")]) == 4
-    here = prepare(str(texts), cache=cache)  # a third overtakes both and harms neither
-    for process in (first, second):
-        output, _ = process.communicate("go on\n" * 9)
-        assert process.returncode == 0
-        assert output.split()[-1] == here.fingerprint
+def test_of_two_processes_that_prepare_the_same_one_waits_for_the_other(
+    texts: Path, cache: Path
+) -> None:
+    with _pausing(texts, cache) as first:
+        code = _PAUSING.replace(
+            "def pause", "import warnings; warnings.simplefilter('always')\ndef pause"
+        )
+        second = subprocess.Popen(
+            [sys.executable, "-c", code, str(texts), str(cache)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert second.stderr is not None
+        assert "another process is preparing texts-bytes-" in second.stderr.readline()
+        assert second.poll() is None
+        output, _ = first.communicate("go on\n" * 9)
+    other, _ = second.communicate()
+    assert first.returncode == second.returncode == 0
+    here = prepare(str(texts), cache=cache)
+    assert output.split()[-1] == here.fingerprint
+    assert other.split() == [here.fingerprint]  # it never was in the middle of anything
     assert _folders(cache) == [here.folder.name]
     assert open_prepared(here.folder).train[:].tolist() == _expected(texts, 0, here)
+
+
+def test_a_waiting_process_goes_on_where_the_other_is_killed(texts: Path, cache: Path) -> None:
+    with _pausing(texts, cache) as first:
+        second = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _PAUSING, str(texts), str(cache)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        first.kill()
+    output, _ = second.communicate()
+    assert output.split() == ["middle", prepare(str(texts), cache=cache).fingerprint]
 
 
 _PREPARE = """
@@ -372,10 +399,11 @@ def test_prepared_corpora_feed_the_batches(texts: Path, cache: Path) -> None:
 
 
 def test_progress_is_reported_up_to_the_end(texts: Path, cache: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    prepare(str(texts), cache=cache, progress=lambda *done: seen.append(done))
-    total = sum(len(document.text) for document in load_corpus(str(texts)).documents)
-    assert seen[-1] == (60, total)
+    seen: list[Done] = []
+    prepared = prepare(str(texts), cache=cache, progress=seen.append)
+    total = sum(len(path.read_bytes()) for path in texts.rglob("*.txt"))
+    tokens = len(prepared.train) + len(prepared.validation)
+    assert seen[-1] == Done(documents=60, text_bytes=total, tokens=tokens, found_bytes=0)
 
 
 def test_settings_that_cannot_work_are_refused_before_any_work(texts: Path, cache: Path) -> None:
@@ -385,7 +413,24 @@ def test_settings_that_cannot_work_are_refused_before_any_work(texts: Path, cach
         prepare(str(texts), cache=cache, validation_fraction=1.5)
     with pytest.raises(ConfigError, match="shard_tokens=0"):
         prepare(str(texts), cache=cache, shard_tokens=0)
+    with pytest.raises(ConfigError, match="workers=0"):
+        prepare(str(texts), cache=cache, workers=0)
     assert not cache.exists()
+
+
+def test_verifying_checks_every_hash_and_makes_nothing(texts: Path, cache: Path) -> None:
+    with pytest.raises(DataError, match="with tokenizer 'bytes' is not prepared in "):
+        verify(str(texts), cache=cache)
+    assert not cache.exists()
+    prepared = prepare(str(texts), cache=cache, shard_tokens=2000)
+    assert verify(str(texts), cache=cache, shard_tokens=2000).fingerprint == prepared.fingerprint
+    shard = prepared.folder / "train-00002.bin"
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00002\.bin is corrupt: its SHA-256"):
+        verify(str(texts), cache=cache, shard_tokens=2000)
+    assert shard.read_bytes() == content
 
 
 def test_the_default_cache_follows_the_environment(

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak.data.byte_level import pieces
+from polyak.data.tokenizer_names import parse_name
 from polyak.data.tokenizers import (
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
     Tokenizer,
     load_tokenizer,
-    parse_name,
 )
 from polyak.errors import ConfigError, DataError
 
@@ -98,18 +98,20 @@ def test_hugging_face_reads_the_saved_file_with_the_same_ids(
     assert theirs.get_vocab_size() == ours.vocab_size
 
 
-@given(text=st.lists(texts).map("".join), size=st.integers(1, 12))
+@given(given=st.lists(texts), size=st.integers(1, 12))
 @settings(max_examples=300)
-def test_pieces_of_a_text_encode_as_the_whole(text: str, size: int) -> None:
+def test_pieces_of_a_text_encode_as_the_whole(given: list[str], size: int) -> None:
+    text = "".join(given)
     whole = hugging_face.Tokenizer.from_str(BPE.hugging_face_json()).encode(text).ids
-    parts = list(pieces(text, size))
+    parts = list(pieces(given, size))
     assert "".join(parts) == text
+    assert parts == list(pieces([text], size))  # wherever the text is torn
     assert [int(token) for part in parts for token in BPE.encode(part)] == whole
 
 
 def test_a_long_text_is_cut_into_pieces_and_trains_as_the_whole() -> None:
     text = "".join(f"{number % 300} apples and\nsome  pears.\n\n" for number in range(45_000))
-    assert len(list(pieces(text))) == 2
+    assert len(list(pieces([text]))) == 2
     trainer = hugging_face.trainers.BpeTrainer(
         vocab_size=299,
         initial_alphabet=hugging_face.pre_tokenizers.ByteLevel.alphabet(),
@@ -233,12 +235,14 @@ def test_ids_that_do_not_exist_and_text_that_is_not_unicode_are_errors(
 
 
 def test_names_give_sizes_and_bad_names_say_what_is_known() -> None:
-    assert parse_name("bytes") is None
-    assert parse_name("bpe-4096") == 4096
+    assert parse_name("bytes").size is None
+    assert parse_name("bpe-4096").size == 4096
+    assert parse_name("gpt2").path is parse_name("gpt2").size is None
     with pytest.raises(ConfigError, match="'bpe-256' is too small: BPE needs at least 257"):
         parse_name("bpe-256")
-    for name in ("byte", "bpe", "bpe-", "bpe-x", "bpe--5", "gpt2", "", "bpe-0300", "BYTES "):
-        with pytest.raises(ConfigError, match=r"unknown tokenizer .*known: bytes, bpe-N"):
+    for name in ("byte", "bpe", "bpe-", "bpe-x", "bpe--5", "gpt-2", "", "bpe-0300", "BYTES "):
+        with pytest.raises(ConfigError, match=r"unknown tokenizer .*known: bytes, gpt2, bpe-N"):
             parse_name(name)
-    with pytest.raises(ConfigError, match="did you mean 'bytes'"):
-        parse_name("byte")
+    for typo, meant in (("byte", "bytes"), ("gpt-2", "gpt2"), ("bpe4096", "bpe-4096")):
+        with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+            parse_name(typo)

@@ -13,22 +13,23 @@ from polyak.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-DESCRIPTION = """Time forward + backward of every rule's model, and every numerical kernel in
-its fast and its reference form, interleaved, in float32. Let nothing else run
-meanwhile.
+DESCRIPTION = """Time forward + backward of every rule's model, of every numerical kernel in its
+fast and its reference form, and of ways to compute the loss of a large
+vocabulary, interleaved, in float32. Let nothing else run meanwhile.
 
 examples:
   polyak bench
   polyak bench --what models --rules gradient_descent,triple_momentum --rounds 20
-  polyak bench --what ops --out runs/bench"""
+  polyak bench --what ops --out runs/bench
+  polyak bench --what loss --vocab-size 50304"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """What is timed, at which size and how often."""
 
-    what: Literal["all", "models", "ops"] = "all"
-    """Models, ops (numerical kernels), or both."""
+    what: Literal["all", "models", "ops", "loss"] = "all"
+    """Models, ops (numerical kernels), the loss from features to gradients, or all of them."""
     rules: str | None = None
     """Rules separated by commas, the first is what others are relative to; default: all."""
     rounds: int = 7
@@ -66,7 +67,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.files import make_folder, write_json
-    from polyak.study import bench
+    from polyak.study import bench, loss_bench
     from polyak.training.allocator import keep_freed_memory
     from polyak.training.runs import environment
 
@@ -101,6 +102,12 @@ def main(words: Sequence[str]) -> int:
                 tokens, config.num_heads, config.d_model // config.num_heads, config.rounds
             )
             console.print(_op_table(results["ops"], tokens))
+        if config.what in ("all", "loss"):
+            tokens = config.batch_size * config.context_length
+            results["loss"] = loss_bench.losses(
+                tokens, config.vocab_size, config.d_model, config.rounds
+            )
+            console.print(_loss_table(results["loss"], tokens, config.vocab_size))
     results["load_after"] = bench.load()
     if config.out is not None:
         write_json(make_folder(config.out) / "results.json", results)
@@ -134,6 +141,26 @@ def _op_table(rows: Sequence[dict[str, Any]], tokens: int) -> Table:
             f"{1e3 * fast['low']:.2f}–{1e3 * fast['high']:.2f}",
             f"{1e3 * row['reference_seconds']['median']:.2f}",
             f"{row['speed_up']:.2f}×",
+        )
+    return table
+
+
+def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) -> Table:
+    table = _table("", "ms", "time", "low–high", "peak MB", "peak", "loss", "features", "weight")
+    table.caption = (
+        f"loss of {tokens} tokens, vocabulary {vocabulary}: time and peak memory relative to the "
+        "plain form; relative errors of the loss and its gradients against float64"
+    )
+    for row in rows:
+        ratio, errors = row["relative_time"], row["relative_errors"]
+        table.add_row(
+            row["name"],
+            f"{1e3 * row['seconds']['median']:,.1f}",
+            f"{ratio['median']:.2f}",
+            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
+            f"{row['peak_bytes'] / 1e6:,.1f}",
+            f"{row['relative_peak']:.2f}",
+            *(f"{errors[part]:.1e}" for part in ("loss", "features", "weight")),
         )
     return table
 

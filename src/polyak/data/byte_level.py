@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 # Long documents are encoded in pieces of about this many characters, which bounds memory.
@@ -13,21 +13,29 @@ PIECE = 1 << 20
 _CUT = re.compile(r"\S(?=[ \n])")
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+def pieces(parts: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """Cut a long text where the word splitting cuts anyway, so that pieces encode as the whole.
 
     No word of GPT-2's splitting goes from a visible character on to a space or a line break, so
     it is safe to cut before the first one of a run (but not inside the run).
+
+    Args:
+        parts: Strings that join to the text; where they end does not matter.
+        size: Least number of characters of every piece but the last.
     """
-    start = 0
-    while len(text) - start > size:
-        cut = _CUT.search(text, start + size)
-        if cut is None:
-            break
-        yield text[start : cut.end()]
-        start = cut.end()
-    if start < len(text):
-        yield text[start:]
+    rest = ""
+    for part in parts:
+        rest = rest + part if rest else part
+        start = 0
+        while len(rest) - start > size:
+            cut = _CUT.search(rest, start + size)
+            if cut is None:
+                break
+            yield rest[start : cut.end()]
+            start = cut.end()
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def byte_letters() -> list[str]:

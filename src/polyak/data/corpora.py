@@ -9,16 +9,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from polyak.data import python_sources, sources
-from polyak.data.documents import Document
+from polyak.data import hub, python_sources, sources
+from polyak.data.documents import Document, LongText, Text, parts_of
 from polyak.errors import ConfigError, DataError, UnknownNameError, unknown
 
-__all__ = ["NAMES", "Corpus", "Document", "Splitter", "load_corpus"]
+__all__ = ["NAMES", "Corpus", "Document", "Splitter", "known_names", "load_corpus"]
 
 NAMES: dict[str, Callable[[], tuple[Iterable[Document], str, Mapping[str, int]]]] = {
     "stdlib": python_sources.stdlib,
     "prose": python_sources.prose,
 }
+
+SIDES = ("train", "validation")
+FRACTION = 0.05
 
 # Part of every document's hash. Changing it changes every split, so it never changes.
 _SPLIT_SALT = b"polyak split 1:"
@@ -36,18 +39,23 @@ class Corpus:
             files and the text field), independent of where the files lie.
         split_by: What decides a document's side: the name where documents are files (editing a
             file doesn't move it), the content where they are records (inserting a record
-            doesn't move the others, and duplicates stay on one side).
+            doesn't move the others, and duplicates stay on one side), nothing where the corpus
+            has a split of its own.
         skipped: Reason → number of files left out.
+        sides: The sides of the split: training, validation, and test where there is one.
+        empty_sides: Those that the corpus has nothing for: it is meant for evaluation only.
     """
 
     name: str
     documents: Iterable[Document]
     fingerprint: str
-    split_by: Literal["name", "content"] = "name"
+    split_by: Literal["name", "content", "own"] = "name"
     skipped: Mapping[str, int] = field(default_factory=dict)
+    sides: tuple[str, ...] = SIDES
+    empty_sides: tuple[str, ...] = ()
 
-    def split(self, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
-        """(train, validation), split by document; see `Splitter`."""
+    def split(self, fraction: float = FRACTION) -> tuple[Corpus, Corpus]:
+        """(train, validation), split by document; see `Splitter`. A test side is left out."""
         splitter = self.splitter(fraction)
         train, validation = (
             replace(
@@ -56,7 +64,7 @@ class Corpus:
                 documents=_Side(self.documents, splitter, index),
                 fingerprint=self.side_fingerprint(fraction, side),
             )
-            for index, side in enumerate(("train", "validation"))
+            for index, side in enumerate(SIDES)
         )
         return train, validation
 
@@ -64,7 +72,7 @@ class Corpus:
         """The fingerprint of one side of a split, known without reading any document."""
         return sha256(f"{self.fingerprint} {fraction!r} {side}".encode()).hexdigest()
 
-    def splitter(self, fraction: float = 0.05) -> Splitter:
+    def splitter(self, fraction: float = FRACTION) -> Splitter:
         """Decide the split; reads documents only until both sides are known not to be empty.
 
         Raises:
@@ -72,12 +80,15 @@ class Corpus:
             DataError: the corpus holds no text, or a single character.
         """
         check_fraction(fraction)
+        if self.split_by == "own":
+            return Splitter(fraction=fraction, by="own", sides=self.sides)
         count, longest = 0, 0
         lowest, highest = (2.0, ""), (-1.0, "")
         for document in self.documents:
             if not document.text:
                 continue
-            count, longest = count + 1, max(longest, len(document.text))
+            short = isinstance(document.text, str) and len(document.text) < 2
+            count, longest = count + 1, max(longest, 1 if short else 2)
             scored = (_score(document, self.split_by), document.name)
             lowest, highest = min(lowest, scored), max(highest, scored)
             if lowest[0] < fraction <= highest[0]:
@@ -104,20 +115,25 @@ class Splitter:
     is below `fraction`; so adding a document never moves another. Where that leaves a side of
     two or more documents empty, the document with the lowest (highest) number is its only one.
     A corpus of a single document is cut in two: its tail, back to a line's start, is held out.
-    Empty documents are on neither side.
+    A corpus with a split of its own keeps it. Empty documents are on neither side.
     """
 
     fraction: float
-    by: Literal["name", "content", "tail"]
+    by: Literal["name", "content", "tail", "own"]
     only_validation: str | None = None
     only_train: str | None = None
+    sides: tuple[str, ...] = SIDES
 
-    def divide(self, document: Document) -> tuple[str | None, str | None]:
-        """The text that goes to (training, validation); None where a side gets nothing."""
+    def divide(self, document: Document) -> tuple[Text | None, ...]:
+        """The text that goes to each side; None where a side gets nothing."""
         text = document.text
         if not text:
-            return None, None
+            return (None,) * len(self.sides)
+        if self.by == "own":
+            return tuple(text if side == document.side else None for side in self.sides)
         if self.by == "tail":
+            if isinstance(text, LongText):
+                return text.cut(_long_tail_start(text, self.fraction))
             cut = _tail_start(text, self.fraction)
             return text[:cut], text[cut:]
         if self.only_validation is not None:
@@ -130,6 +146,8 @@ class Splitter:
 
     def describe(self) -> dict[str, object]:
         """What the manifest says about the split."""
+        if self.by == "own":
+            return {"by": "own", "rule": "the corpus's own split"}
         if self.by == "tail":
             rule = "the corpus is one document; its tail is held out"
         elif self.only_validation is not None:
@@ -154,13 +172,18 @@ class _Side:
                 yield Document(document.name, text)
 
 
+def known_names() -> tuple[str, ...]:
+    """The names that `load_corpus` knows."""
+    return (*NAMES, *hub.HUB)
+
+
 def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
-    r"""A corpus by name (`stdlib`, `prose`) or by path.
+    r"""A corpus by name (`stdlib`, `prose`, `tinystories`, …, see `hub.HUB`) or by path.
 
     A path is a text file, a JSONL file (`.jsonl`, `.jsonl.gz`; one object a line), a Parquet
     file, or a folder of such files, searched recursively. Text must be UTF-8. A name wins over a
     file of that name; write `./stdlib` for the file. Every file is read once here, for the
-    fingerprint.
+    fingerprint; the hub is not contacted here.
 
     Args:
         name_or_path: What to load.
@@ -176,12 +199,24 @@ def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
         return Corpus(
             name=name_or_path, documents=documents, fingerprint=fingerprint, skipped=skipped
         )
+    found_on_hub = hub.parse(name_or_path)
+    if found_on_hub is not None:
+        found_on_hub.text_field = text_field
+        own = found_on_hub.corpus.own_sides
+        return Corpus(
+            name=name_or_path,
+            documents=found_on_hub,
+            fingerprint=found_on_hub.fingerprint,
+            split_by="own" if own else "content",
+            sides=(*SIDES, *(side for side in own if side not in SIDES)),
+            empty_sides=tuple(side for side in SIDES if side not in own) if own else (),
+        )
     try:
         path = Path(name_or_path).expanduser()
     except RuntimeError:  # "~nobody/…": no such user
         path = Path(name_or_path)
     if not name_or_path or not sources.exists(path):
-        problem = unknown("corpus", name_or_path, NAMES)
+        problem = unknown("corpus", name_or_path.partition("[")[0], known_names())
         raise UnknownNameError(f"{problem}; and there is no file or folder of that name")
     found = sources.scan(path, text_field)
     return Corpus(
@@ -203,9 +238,10 @@ def check_fraction(fraction: float) -> None:
 
 
 def _score(document: Document, by: str) -> float:
-    key = document.name if by == "name" else document.text
-    digest = sha256(_SPLIT_SALT + key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
+    digest = sha256(_SPLIT_SALT)
+    for part in parts_of(document.name if by == "name" else document.text):
+        digest.update(part.encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest()[:8], "big") / 2.0**64
 
 
 def _tail_start(text: str, fraction: float) -> int:
@@ -213,4 +249,20 @@ def _tail_start(text: str, fraction: float) -> int:
     length = max(1, min(len(text) - 1, round(len(text) * fraction)))
     cut = len(text) - length
     line = text.rfind("\n", 0, cut) + 1
+    return line if line > max(0, cut - length) else cut
+
+
+def _long_tail_start(text: LongText, fraction: float) -> int:
+    """`_tail_start` of a text that is read in pieces, twice."""
+    whole = len(text)
+    length = max(1, min(whole - 1, round(whole * fraction)))
+    cut = whole - length
+    line = position = 0
+    for part in text:
+        found = part.rfind("\n", 0, max(0, cut - position))
+        if found >= 0:
+            line = position + found + 1
+        position += len(part)
+        if position >= cut:
+            break
     return line if line > max(0, cut - length) else cut

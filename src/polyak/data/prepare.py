@@ -1,60 +1,98 @@
 """Turn a corpus into memory-mapped token shards with a hashed manifest, once per fingerprint.
 
 A prepared folder holds `train-00000.bin`, … and `validation-00000.bin`, … (raw little-endian
-ids), the tokenizer and `manifest.json`. Every document is followed by one end-of-text token.
+ids; `test-00000.bin`, … where the corpus has a test side), the tokenizer and `manifest.json`.
+Every document is followed by one end-of-text token. Neither the number of processes nor any
+number of kills on the way changes a byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
+from polyak.data import journal
+from polyak.data.corpora import FRACTION, Corpus, Splitter, check_fraction, load_corpus
+from polyak.data.documents import open_reader
+from polyak.data.encode import Arrays, Chunk, Encoder, chunks
+from polyak.data.hub import HubDocuments, HubError
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
-from polyak.data.tokenizers import (
-    BPETokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    parse_name,
-)
-from polyak.data.workspace import building, default_cache, discard
-from polyak.errors import ConfigError, DataError
+from polyak.data.tokenizer_names import TokenizerName, parse_name
+from polyak.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
+from polyak.data.workspace import building, default_cache, discard, resumable
+from polyak.errors import ConfigError, DataError, MissingExtraError
 from polyak.files import read_json, write_json
 
 _FORMAT = 1
 _SIDES = ("train", "validation")
 SHARD_TOKENS = 64 * 2**20
+SAVE_SECONDS = 5.0
 
-# Characters that are encoded together, so that a tokenizer can use all cores.
-_TOGETHER = 1 << 22
 
-Progress = Callable[[int, int], None]
+class Done(NamedTuple):
+    """How far a preparation has come."""
+
+    documents: int
+    text_bytes: int
+    tokens: int
+    found_bytes: int
+    """What of `text_bytes` had been done before a kill."""
+
+
+Progress = Callable[[Done], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus: token ids of both sides, and how they came about."""
+    """A prepared corpus: token ids of both sides, and how they came about.
+
+    `test` is None where the corpus has no test side. A corpus for evaluation has no token on its
+    training side.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
     train: TokenFile
     validation: TokenFile
+    test: TokenFile | None = None
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over corpus, tokenizer and split: equal fingerprints, equal tokens."""
         return str(self.manifest["fingerprint"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A request to prepare: checked, and with its place in the cache."""
+
+    corpus: Corpus
+    tokenizer: TokenizerName
+    fraction: float
+    shard_tokens: int
+    cache: Path
+    made: Tokenizer | None  # a tokenizer read from a path is known from the beginning
+
+    @property
+    def final(self) -> Path:
+        chosen = self.tokenizer.name if self.made is None else f"path {self.made.fingerprint}"
+        key = _key(
+            *("prepared", _FORMAT, self.corpus.fingerprint, chosen, self.fraction),
+            *(self.shard_tokens, self.tokenizer.library),
+        )
+        shown = self.tokenizer.name if self.made is None else self.made.name
+        return self.cache / "prepared" / f"{_slug(self.corpus.name)}-{_slug(shown)}-{key}"
 
 
 def prepare(
@@ -63,51 +101,76 @@ def prepare(
     *,
     text_field: str = "text",
     cache: Path | None = None,
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+    save_seconds: float = SAVE_SECONDS,
     progress: Progress | None = None,
 ) -> Prepared:
     """The prepared form of a corpus: from the cache if it is there, otherwise made now.
 
     The folder appears under its final name only when it is complete, so a killed preparation
-    leaves nothing that looks finished, and two processes may prepare the same corpus at once.
-    The corpus streams through: memory holds a few megabytes of text, or the longest document.
-    A cached folder that is damaged is made anew, with a warning.
+    leaves nothing that looks finished; the same call goes on where it was killed. Two processes
+    may ask for the same corpus at once: one works, the other waits. The corpus streams through:
+    memory holds some megabytes of text per worker, or the longest record. A cached folder that is
+    damaged is made anew, with a warning. A corpus of the hub that is in the cache is not asked
+    for again.
 
     Args:
         corpus: A name or path, see `load_corpus`.
-        tokenizer: `bytes` or `bpe-N` (trained on the training side, cached separately).
-        text_field: The field with the text of JSONL and Parquet records.
+        tokenizer: `bytes`, `gpt2`, `bpe-N` (trained on the training side, cached separately), or
+            the path of a tokenizer, see `read_tokenizer`.
+        text_field: The field with the text of JSONL, Parquet and hub records.
         cache: Where prepared corpora are kept; `default_cache()` if None.
-        validation_fraction: Share of the documents held out, between 0 and 1.
+        validation_fraction: Share of the documents held out, between 0 and 1; 0.05 if None. Only
+            for corpora without a split of their own.
         shard_tokens: Tokens in a shard at most.
-        progress: Called with (documents, characters) done so far, now and then.
+        workers: Processes that encode; 1: only this one; None: one per core, if it is worth it.
+        save_seconds: What is done is flushed and recorded so often: as much is lost in a kill.
+        progress: Called with what is done so far, now and then.
 
     Raises:
         ConfigError, UnknownNameError, DataError, MissingExtraError: what the user can fix.
+        HubError: a `DataError`; the hub cannot be reached. What is done is kept.
     """
-    if shard_tokens < 1:
-        raise ConfigError(f"shard_tokens={shard_tokens} must be at least 1")
-    vocab_size = parse_name(tokenizer)
-    check_fraction(validation_fraction)
-    loaded = load_corpus(corpus, text_field=text_field)
-    cache = default_cache() if cache is None else cache
-    key = _key(
-        *("prepared", _FORMAT, loaded.fingerprint, tokenizer, validation_fraction, shard_tokens),
-        _library(vocab_size),
-    )
-    final = cache / "prepared" / f"{_slug(loaded.name)}-{tokenizer}-{key}"
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
+    plan = _plan(corpus, tokenizer, text_field, cache, validation_fraction, shard_tokens)
+    final = plan.final
     if final.exists():
         try:
             return open_prepared(final)
         except DataError as problem:
-            warnings.warn(f"{problem}; preparing {loaded.name!r} again", stacklevel=2)
+            warnings.warn(f"{problem}; preparing {plan.corpus.name!r} again", stacklevel=2)
             discard(final)
-    splitter = loaded.splitter(validation_fraction)
-    made = _tokenizer(loaded, splitter, vocab_size, cache)
-    with building(final) as folder:
-        _write(folder, loaded, splitter, made, shard_tokens, progress)
+    with resumable(final) as folder:
+        if folder is not None:
+            _Preparation(plan, folder, workers, save_seconds, progress).run()
     return open_prepared(final, verify=False)
+
+
+def verify(
+    corpus: str,
+    tokenizer: str = "bytes",
+    *,
+    text_field: str = "text",
+    cache: Path | None = None,
+    validation_fraction: float | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Prepared:
+    """The prepared form of a corpus in the cache, every shard checked by its hash; never made.
+
+    Raises:
+        DataError: it is not there, or it is damaged (the file is named).
+    """
+    plan = _plan(corpus, tokenizer, text_field, cache, validation_fraction, shard_tokens)
+    if not plan.final.exists():
+        partial = plan.final.with_name(f".partial-{plan.final.name}").is_dir()
+        state = "only partly prepared" if partial else "not prepared"
+        raise DataError(
+            f"corpus {corpus!r} with tokenizer {tokenizer!r} is {state} in {plan.cache}"
+        )
+    return open_prepared(plan.final)
 
 
 def open_prepared(folder: Path, verify: bool = True) -> Prepared:
@@ -130,125 +193,216 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
         if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
             raise DataError(f"the tokenizer in {folder} is not the one of its manifest")
         dtype, name = np.dtype(manifest["dtype"]), manifest["corpus"]["name"]
-        train, validation = (
-            TokenFile(
+        sides = {
+            side: TokenFile(
                 list(check_shards(folder, manifest[side]["shards"], dtype, hashes=verify)),
                 dtype,
                 byte_table=tokenizer.byte_table,
                 label=f"the {side} side of corpus {name!r}",
             )
-            for side in _SIDES
-        )
+            for side in (*_SIDES, *(["test"] if "test" in manifest else []))
+        }
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise DataError(f"{folder / 'manifest.json'} is not a manifest: {problem!r}") from problem
-    return Prepared(folder, manifest, tokenizer, train, validation)
+    return Prepared(folder, manifest, tokenizer, **sides)
 
 
-def _write(
-    folder: Path,
-    corpus: Corpus,
-    splitter: Splitter,
-    tokenizer: Tokenizer,
+class _Preparation:
+    """Writes a prepared folder, going on from what is in it."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        folder: Path,
+        workers: int | None,
+        save_seconds: float,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.folder = plan, folder
+        self.workers, self.save_seconds, self.progress = workers, save_seconds, progress
+        self.empty = self.found_bytes = 0
+        self.saved = False  # whether there is a place to go on from
+        self.hopeless = False  # whether the corpus itself has to change first
+        self.writers: list[ShardWriter] = []
+
+    def run(self) -> None:
+        """Do it all; on an error, remove what was done if a repetition cannot go on from it."""
+        try:
+            self._run()
+        except BaseException:
+            for writer in self.writers:
+                writer.abandon()
+            if self.hopeless or not self.saved:
+                self._remove()
+            raise
+
+    def _run(self) -> None:
+        corpus, fraction = self.plan.corpus, self.plan.fraction
+        source = corpus.documents if isinstance(corpus.documents, HubDocuments) else None
+        revision = None if source is None else source.connect()
+        splitter = corpus.splitter(fraction)
+        tokenizer = _tokenizer(self.plan, splitter)
+        heading = {"polyak preparation": 1, "tokenizer": tokenizer.fingerprint, "of": revision}
+        log = journal.Journal(self.folder, heading)
+        place = log.resume(tokenizer.dtype)
+        if place is None:
+            log.start()
+            place = {"read": None, "parts": 0, "empty": 0, "sides": {}}
+        else:
+            self.saved = True
+        tokenizer.save(self.folder)
+        self.empty = place["empty"]
+        self.writers = [
+            ShardWriter(
+                *(self.folder, side, tokenizer.dtype, self.plan.shard_tokens),
+                state=place["sides"].get(side),
+            )
+            for side in splitter.sides
+        ]
+        self.found_bytes = sum(writer.text_bytes for writer in self.writers)
+        reader = open_reader(corpus.documents, place["read"])
+        given = chunks(reader, splitter, tokenizer, skip=place["parts"])
+        sides = len(splitter.sides)
+        with Encoder(tokenizer, self.folder, sides, self.workers) as encoder:
+            self._write(encoder.map(self._watched(given)), tokenizer, splitter, log)
+        written = {
+            side: writer.finish() for side, writer in zip(splitter.sides, self.writers, strict=True)
+        }
+        self._manifest(tokenizer, splitter, source, revision, written)
+
+    def _watched(self, given: Iterator[Chunk]) -> Iterator[Chunk]:
+        try:
+            yield from given
+        except HubError:
+            raise
+        except (DataError, MissingExtraError):
+            self.hopeless = True
+            raise
+
+    def _write(
+        self,
+        encoded: Iterator[tuple[Chunk, Arrays]],
+        tokenizer: Tokenizer,
+        splitter: Splitter,
+        log: journal.Journal,
+    ) -> None:
+        table = tokenizer.byte_table
+        saved = time.monotonic()
+        for chunk, arrays in encoded:
+            for writer, ids, begun in zip(self.writers, arrays, chunk.documents, strict=True):
+                writer.write(ids, table[ids])
+                writer.documents += begun
+            self.empty += chunk.empty
+            if time.monotonic() - saved >= self.save_seconds:
+                named = zip(splitter.sides, self.writers, strict=True)
+                states = {side: writer.state() for side, writer in named}
+                read, parts = chunk.place
+                log.add({"read": read, "parts": parts, "empty": self.empty, "sides": states})
+                saved, self.saved = time.monotonic(), True
+            if self.progress is not None:
+                self.progress(
+                    Done(
+                        sum(writer.documents for writer in self.writers),
+                        sum(writer.text_bytes for writer in self.writers),
+                        sum(writer.tokens for writer in self.writers),
+                        self.found_bytes,
+                    )
+                )
+
+    def _manifest(
+        self,
+        tokenizer: Tokenizer,
+        splitter: Splitter,
+        source: HubDocuments | None,
+        revision: str | None,
+        written: dict[str, Any],
+    ) -> None:
+        corpus, split = self.plan.corpus, splitter.describe()
+        skipped = dict(corpus.skipped) | ({"empty": self.empty} if self.empty else {})
+        about = {"name": corpus.name, "fingerprint": corpus.fingerprint, "skipped": skipped}
+        parts: list[object] = [corpus.fingerprint, tokenizer.fingerprint, split]
+        if source is not None:
+            about["hub"] = source.describe()
+            parts.append(revision)
+        manifest = {
+            "format": _FORMAT,
+            "fingerprint": _key(*parts, full=True),
+            "corpus": about,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+            },
+            "dtype": tokenizer.dtype.str,
+            "split": split,
+            **written,
+        }
+        write_json(self.folder / "manifest.json", manifest, error=DataError)
+        (self.folder / journal.NAME).unlink()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+
+def _plan(
+    corpus: str,
+    tokenizer: str,
+    text_field: str,
+    cache: Path | None,
+    fraction: float | None,
     shard_tokens: int,
-    progress: Progress | None,
-) -> None:
-    tokenizer.save(folder)
-    table = tokenizer.byte_table
-    writers = [ShardWriter(folder, side, tokenizer.dtype, shard_tokens) for side in _SIDES]
-    none, end = np.empty(0, np.int64), np.array([tokenizer.end_of_text])
-    empty = characters = 0
-    try:
-        for batch in _batches(corpus, splitter, tokenizer):
-            encoded = tokenizer.encode_many([part.text for part in batch])
-            for side, writer in enumerate(writers):
-                found = [none]
-                for part, ids in zip(batch, encoded, strict=True):
-                    if part.side == side:
-                        found += [ids, end] if part.last else [ids]
-                        writer.documents += part.last
-                joined = np.concatenate(found)
-                writer.write(joined, table[joined])
-            empty += sum(part.side is None for part in batch)
-            characters += sum(len(part.text) for part in batch)
-            if progress is not None:
-                progress(sum(writer.documents for writer in writers), characters)
-        sides = {side: writer.finish() for side, writer in zip(_SIDES, writers, strict=True)}
-    finally:
-        for writer in writers:
-            writer.abandon()
-    split = splitter.describe()
-    skipped = dict(corpus.skipped) | ({"empty": empty} if empty else {})
-    manifest = {
-        "format": _FORMAT,
-        "fingerprint": _key(corpus.fingerprint, tokenizer.fingerprint, split, full=True),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "skipped": skipped},
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-        },
-        "dtype": tokenizer.dtype.str,
-        "split": split,
-        **sides,
-    }
-    write_json(folder / "manifest.json", manifest, error=DataError)
+) -> _Plan:
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens={shard_tokens} must be at least 1")
+    name = parse_name(tokenizer)
+    if fraction is not None:
+        check_fraction(fraction)
+    loaded = load_corpus(corpus, text_field=text_field)
+    if fraction is not None and loaded.split_by == "own":
+        raise ConfigError(
+            f"validation_fraction={fraction!r}: corpus {corpus!r} has a split of its own; leave "
+            "validation_fraction out"
+        )
+    if name.size is not None and "train" in loaded.empty_sides:
+        raise ConfigError(
+            f"tokenizer {tokenizer!r} would be trained on corpus {corpus!r}, which is for "
+            "evaluation and has no training side; give 'gpt2', 'bytes', or the path of the "
+            "tokenizer of the model to evaluate"
+        )
+    return _Plan(
+        corpus=loaded,
+        tokenizer=name,
+        fraction=FRACTION if fraction is None else fraction,
+        shard_tokens=shard_tokens,
+        cache=default_cache() if cache is None else cache,
+        made=None if name.path is None else name.load(),
+    )
 
 
-class _Part(NamedTuple):
-    side: int | None  # None: an empty document, which is on neither side
-    text: str
-    last: bool  # whether its document ends here
-
-
-def _batches(corpus: Corpus, splitter: Splitter, tokenizer: Tokenizer) -> Iterator[list[_Part]]:
-    """The corpus cut into parts, in lists of a few megabytes each."""
-    batch: list[_Part] = []
-    size = 0
-    for document in corpus.documents:
-        if not document.text:
-            batch.append(_Part(None, "", False))
-        for side, whole in enumerate(splitter.divide(document)):
-            for text, last in _flag_last(tokenizer.pieces(whole or "")):
-                batch.append(_Part(side, text, last))
-                size += len(text)
-                if size >= _TOGETHER:
-                    yield batch
-                    batch, size = [], 0
-    yield batch
-
-
-def _flag_last(parts: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    current = next(parts, None)
-    while current is not None:
-        following = next(parts, None)
-        yield current, following is None
-        current = following
-
-
-def _tokenizer(
-    corpus: Corpus, splitter: Splitter, vocab_size: int | None, cache: Path
-) -> Tokenizer:
-    if vocab_size is None:
-        return ByteTokenizer()
+def _tokenizer(plan: _Plan, splitter: Splitter) -> Tokenizer:
+    if plan.made is not None:
+        return plan.made
+    size, corpus = plan.tokenizer.size, plan.corpus
+    if size is None:
+        return plan.tokenizer.load()
     side = corpus.side_fingerprint(splitter.fraction, "train")
-    key = _key("tokenizer", _FORMAT, side, vocab_size, _library(vocab_size))
-    final = cache / "tokenizers" / f"{_slug(corpus.name)}-bpe-{vocab_size}-{key}"
+    key = _key("tokenizer", _FORMAT, side, size, plan.tokenizer.library)
+    final = plan.cache / "tokenizers" / f"{_slug(corpus.name)}-bpe-{size}-{key}"
     if final.exists():
         try:
             return load_tokenizer(final)
         except DataError as problem:
-            warnings.warn(f"{problem}; training it again", stacklevel=3)
+            warnings.warn(f"{problem}; training it again", stacklevel=5)
             discard(final)
     train, _ = corpus.split(splitter.fraction)
-    tokenizer = BPETokenizer.train((document.text for document in train.documents), vocab_size)
+    tokenizer = BPETokenizer.train((document.text for document in train.documents), size)
     with building(final) as folder:
         tokenizer.save(folder)
     return tokenizer
-
-
-def _library(vocab_size: int | None) -> str:
-    return "" if vocab_size is None else version("tokenizers")
 
 
 def _key(*parts: object, full: bool = False) -> str:

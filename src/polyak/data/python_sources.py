@@ -115,6 +115,7 @@ def _read(path: Path) -> bytes:
 
 
 def _prose_of(source: Document) -> Iterator[Document]:
+    assert isinstance(source.text, str)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings

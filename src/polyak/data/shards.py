@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Protocol, overload
@@ -89,17 +90,48 @@ class TokenFile:
 
 
 class ShardWriter:
-    """Writes tokens to `PREFIX-00000.bin`, `PREFIX-00001.bin`, … of at most `limit` tokens each."""
+    """Writes tokens to `PREFIX-00000.bin`, `PREFIX-00001.bin`, … of at most `limit` tokens each.
 
-    def __init__(self, folder: Path, prefix: str, dtype: np.dtype[Any], limit: int) -> None:
-        self.documents = 0
+    Args:
+        folder: Where to.
+        prefix: The side of the split.
+        dtype: The type on disk.
+        limit: Tokens in a shard at most.
+        state: What `state` returned, to go on from there; the files must end where it says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        dtype: np.dtype[Any],
+        limit: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self._folder, self._prefix = folder, prefix
         self._dtype, self._limit = dtype, limit
-        self._shards: list[dict[str, Any]] = []
+        self.documents: int = state["documents"] if state else 0
+        self._shards: list[dict[str, Any]] = [dict(x) for x in state["shards"]] if state else []
         self._handle: IO[bytes] | None = None
         self._hash = sha256()
+        if self._shards and self._shards[-1]["tokens"] < limit:
+            path = folder / self._shards[-1]["file"]
+            with path.open("rb") as handle:
+                while piece := handle.read(1 << 20):
+                    self._hash.update(piece)
+            self._handle = path.open("ab")
 
-    def write(self, ids: npt.NDArray[np.int64], text_bytes: npt.NDArray[np.int64]) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(shard["tokens"] for shard in self._shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text that they stand for."""
+        return sum(shard["text_bytes"] for shard in self._shards)
+
+    def write(self, ids: Array, text_bytes: npt.NDArray[np.int64]) -> None:
         """Append tokens, and the bytes of text that each stands for (both of shape (tokens,))."""
         while ids.size:
             if self._handle is None:
@@ -116,20 +148,29 @@ class ShardWriter:
             if shard["tokens"] == self._limit:
                 self._close()
 
+    def state(self) -> dict[str, Any]:
+        """Flush everything to the disk; what a new writer needs to go on."""
+        if self._handle is not None:
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+            self._shards[-1]["sha256"] = self._hash.hexdigest()
+        return {"documents": self.documents, "shards": [dict(shard) for shard in self._shards]}
+
     def finish(self) -> dict[str, Any]:
         """Flush everything to the disk and return this side's part of the manifest."""
         self._close()
         return {
             "documents": self.documents,
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            "text_bytes": sum(shard["text_bytes"] for shard in self._shards),
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
             "shards": self._shards,
         }
 
     def abandon(self) -> None:
         """Close the open file without finishing it."""
         if self._handle is not None:
-            self._handle.close()
+            with contextlib.suppress(OSError):  # a full disk: what is in the buffer is lost
+                self._handle.close()
 
     def _open(self) -> None:
         name = f"{self._prefix}-{len(self._shards):05d}.bin"

@@ -1,46 +1,33 @@
-"""Reading users' files: text, JSONL, Parquet, and folders of them.
+"""Finding users' files: text, JSONL, Parquet, and folders of them.
 
-Documents are read as they are asked for: memory holds one text file, one line or one batch of
-Parquet rows at a time, never the corpus.
+Documents are read as they are asked for: memory holds one text file of up to 16 MiB, one piece of
+a longer one, one line or one batch of Parquet rows at a time, never the corpus.
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
-import importlib
-import json
 import os
 import stat
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from polyak.data.documents import Document, fingerprint_of
-from polyak.errors import DataError, MissingExtraError
+from polyak.data.readers import File, pyarrow, read
+from polyak.errors import DataError
 from polyak.files import sha256_of
 
 _PIECE = 1 << 20
-_PARQUET_ROWS = 256
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str  # relative to the corpus, with "/"
-    path: Path
-    kind: str  # "text", "jsonl" or "parquet"
-    sha256: str
 
 
 @dataclass(frozen=True)
 class Scan:
     """What was found at a path; `documents` can be iterated any number of times."""
 
-    files: tuple[_File, ...]
+    files: tuple[File, ...]
     text_field: str
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -66,9 +53,13 @@ class _Documents:
     scan: Scan
 
     def __iter__(self) -> Iterator[Document]:
+        return self.after(0)
+
+    def after(self, count: int) -> Iterator[Document]:
+        """The documents without the first `count`, which are not decoded."""
         for file in self.scan.files:
             try:
-                yield from _READERS[file.kind](file, self.scan.text_field)
+                count = yield from read(file, self.scan.text_field, count)
             except OSError as problem:
                 raise _cannot_read(file.path, problem) from problem
 
@@ -108,7 +99,7 @@ def scan(path: Path, text_field: str) -> Scan:
             if kind == "binary":
                 skipped["binary"] += 1
             else:
-                files.append(_File(name, file, kind, digest))
+                files.append(File(name, file, kind, digest))
     except OSError as problem:
         raise _cannot_read(Path(problem.filename or path), problem) from problem
     if not files:
@@ -155,7 +146,7 @@ def _inspect(path: Path) -> tuple[str, str]:
     if lower.endswith((".jsonl", ".jsonl.gz")):
         return "jsonl", sha256_of(path)
     if lower.endswith(".parquet"):
-        _pyarrow(path)
+        pyarrow(path)
         return "parquet", sha256_of(path)
     digest, decoder = sha256(), codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as handle:
@@ -171,95 +162,9 @@ def _inspect(path: Path) -> tuple[str, str]:
     return "text", digest.hexdigest()
 
 
-def _read_text(file: _File, text_field: str) -> Iterator[Document]:
-    try:
-        # "-sig": a byte-order mark is about the encoding, not part of the text.
-        yield Document(file.name, file.path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{file.path} changed while it was being read: {problem}") from problem
-
-
-def _read_jsonl(file: _File, text_field: str) -> Iterator[Document]:
-    opener = gzip.open if file.path.name.lower().endswith(".gz") else open
-    try:
-        with opener(file.path, "rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    where = f"{file.path}, line {number}"
-                    text = _text_of(_record(line, where), text_field, where)
-                    yield Document(f"{file.name}:{number}", text)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
-        raise DataError(f"{file.path} is not a whole gzip file: {problem}") from problem
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as problem:
-        raise DataError(f"{where}: not JSON: {problem}") from problem
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    return record
-
-
-def _read_parquet(file: _File, text_field: str) -> Iterator[Document]:
-    arrow, parquet = _pyarrow(file.path)
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise _no_field(str(file.path), text_field, names)
-            number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    where = f"{file.path}, row {number}"
-                    checked = _text_of({text_field: text}, text_field, where)
-                    yield Document(f"{file.name}:{number}", checked)
-    except arrow.ArrowException as problem:
-        reason = str(problem).splitlines()[0]
-        raise DataError(f"{file.path} is not a readable Parquet file: {reason}") from problem
-
-
-def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
-    if text_field not in record:
-        raise _no_field(where, text_field, list(record))
-    text = record[text_field]
-    if not isinstance(text, str):
-        found = "null" if text is None else type(text).__name__
-        raise DataError(f"{where}: field {text_field!r} must be text, found {found}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise DataError(
-            f"{where}: field {text_field!r} is not valid Unicode (an unpaired surrogate at "
-            f"character {problem.start})"
-        ) from problem
-    return text
-
-
-def _no_field(where: str, text_field: str, present: list[str]) -> DataError:
-    return DataError(
-        f"{where}: no field {text_field!r}; its fields are: {', '.join(present) or 'none'} "
-        "(choose one with text_field)"
-    )
-
-
-def _pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as problem:
-        raise MissingExtraError(
-            f"reading {path} needs pyarrow, which is not installed; pip install 'polyak[data]'"
-        ) from problem
-
-
 def _count(binary: int) -> str:
     return f"{binary} binary file" + ("s" if binary != 1 else "")
 
 
 def _cannot_read(path: Path, problem: OSError) -> DataError:
     return DataError(f"cannot read corpus {path}: {problem.strerror or problem}")
-
-
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}

@@ -1,4 +1,4 @@
-"""Tokenizers: UTF-8 bytes, or byte-level BPE trained on a corpus.
+"""Tokenizers: UTF-8 bytes, or byte-level BPE: GPT-2's, or trained on a corpus.
 
 Both turn any Unicode text into ids and back without loss. The end-of-text token has the last id
 and can never come out of `encode`: text that literally contains `<|endoftext|>` is just text.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -21,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak.data.byte_level import PIECE, byte_letters, hugging_face_json, pieces
-from polyak.errors import ConfigError, DataError, nearest
+from polyak.data.documents import Text, parts_of
+from polyak.errors import ConfigError, DataError
 from polyak.files import make_folder, read_json, write_atomic, write_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,7 +36,7 @@ class Tokenizer(abc.ABC):
     """What the rest of polyak asks of a tokenizer.
 
     Attributes:
-        name: The name that `parse_name` understands: `bytes`, `bpe-4096`.
+        name: `bytes`, `gpt2`, or `bpe-N` with N tokens.
         vocab_size: Number of ids, the end-of-text token included.
         fingerprint: SHA-256 of everything that decides the ids.
     """
@@ -79,9 +79,9 @@ class Tokenizer(abc.ABC):
         """Bytes of text that each of `ids` stands for (same shape), for bits per byte."""
         return self.byte_table[np.asarray(ids, dtype=np.int64)]
 
-    def pieces(self, text: str) -> Iterator[str]:
+    def pieces(self, text: Text) -> Iterator[str]:
         """Cut a long text so that the pieces' ids, joined, are the ids of the whole."""
-        yield from pieces(text)
+        yield from pieces(parts_of(text))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -116,9 +116,10 @@ class ByteTokenizer(Tokenizer):
         """See `Tokenizer.encode_many`."""
         return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """Pieces of equal length: any cut between characters will do."""
-        yield from (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+    def pieces(self, text: Text) -> Iterator[str]:
+        """Pieces of at most `PIECE` characters: any cut between characters will do."""
+        for part in parts_of(text):
+            yield from (part[start : start + PIECE] for start in range(0, len(part), PIECE))
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """See `Tokenizer.decode`; the end-of-text token reads `<|endoftext|>`."""
@@ -137,20 +138,23 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE with GPT-2's word splitting, trained with Hugging Face `tokenizers`.
+    """Byte-level BPE with GPT-2's word splitting, run by Hugging Face `tokenizers`.
 
     Args:
         tokens: The tokens in order of id, in byte-level letters, without the end-of-text token.
         merges: Pairs of tokens, most frequent first.
+        name: `bpe-N` by default.
     """
 
     kind = "bpe"
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], name: str | None = None
+    ) -> None:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
         self.vocab_size = len(tokens) + 1
-        self.name = f"bpe-{self.vocab_size}"
+        self.name = f"bpe-{self.vocab_size}" if name is None else name
         self._tokens = list(tokens)
         self._merges = [tuple(pair) for pair in merges]
         definition = json.dumps(["polyak bpe 1", self._tokens, self._merges])
@@ -158,7 +162,7 @@ class BPETokenizer(Tokenizer):
         self._fast = HuggingFaceTokenizer.from_str(self.hugging_face_json())
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    def train(cls, texts: Iterable[Text], vocab_size: int) -> BPETokenizer:
         """Train on texts, read once; the same texts in the same order give the same tokenizer.
 
         Raises:
@@ -182,7 +186,9 @@ class BPETokenizer(Tokenizer):
             special_tokens=[],
         )
         # Pieces cut where words end: the counted words are those of the whole text.
-        tokenizer.train_from_iterator((part for text in texts for part in pieces(text)), trainer)
+        tokenizer.train_from_iterator(
+            (part for text in texts for part in pieces(parts_of(text))), trainer
+        )
         model = json.loads(tokenizer.to_str())["model"]
         vocabulary: dict[str, int] = model["vocab"]
         if len(vocabulary) != vocab_size - 1:
@@ -191,13 +197,13 @@ class BPETokenizer(Tokenizer):
                 f"'bpe-{vocab_size}' asks for; use 'bpe-{len(vocabulary) + 1}', a smaller one, "
                 "or 'bytes'"
             )
-        return cls(sorted(vocabulary, key=vocabulary.__getitem__), _pairs(model["merges"]))
+        return cls(sorted(vocabulary, key=vocabulary.__getitem__), pairs(model["merges"]))
 
     def encode_many(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer.encode_many`; long texts are encoded in pieces, with the same result."""
         for text in texts:
             _utf8(text)
-        parts = [list(pieces(text)) for text in texts]
+        parts = [list(pieces([text])) for text in texts]
         flat = [part for text in parts for part in text]
         encode = getattr(self._fast, "encode_batch_fast", self._fast.encode_batch)
         ids = iter([np.asarray(e.ids, dtype=np.int64) for e in encode(flat)])
@@ -232,28 +238,6 @@ class BPETokenizer(Tokenizer):
         return [bytes(byte_of[letter] for letter in token) for token in self._tokens]
 
 
-def parse_name(name: str) -> int | None:
-    """None for `bytes`, the vocabulary size for `bpe-4096`.
-
-    Raises `ConfigError` for any other name, and for BPE below 257 tokens.
-    """
-    if name == "bytes":
-        return None
-    match = re.fullmatch(r"bpe-([1-9][0-9]{0,8})", name)
-    if not match:
-        raise ConfigError(
-            f"unknown tokenizer {name!r}{nearest(name, ['bytes', 'bpe-4096'])} (known: bytes, "
-            f"bpe-N with N at least {SMALLEST_BPE}, such as bpe-4096)"
-        )
-    size = int(match[1])
-    if size < SMALLEST_BPE:
-        raise ConfigError(
-            f"tokenizer {name!r} is too small: BPE needs at least {SMALLEST_BPE} tokens "
-            "(256 bytes and the end of text)"
-        )
-    return size
-
-
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote; raises `DataError` where it is missing or was changed."""
     description = read_json(folder / _DESCRIPTION, error=DataError)
@@ -269,7 +253,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             model = read_json(folder / "tokenizer.json", error=DataError)["model"]
             vocabulary: dict[str, int] = model["vocab"]
             tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            tokenizer = BPETokenizer(tokens[:-1], _pairs(model["merges"]))
+            name = str(description["name"])
+            tokenizer = BPETokenizer(tokens[:-1], pairs(model["merges"]), name)
         intact = tokenizer.fingerprint == description["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise DataError(f"{folder} holds no tokenizer that polyak wrote: {problem!r}") from problem
@@ -278,7 +263,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
+def pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
     """Merges as pairs; `tokenizers` writes "a b" up to 0.19 and ["a", "b"] from 0.20."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return [(left, right) for left, right in pairs]

@@ -1,19 +1,28 @@
-"""The cache folder, and building a folder in it that appears only when it is complete."""
+"""The cache folder, and building a folder in it that appears only when it is complete.
+
+Two ways to build: `building` begins anew each time, `resumable` keeps what a killed process left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from polyak.errors import DataError
 from polyak.files import make_folder, sync_folder
 
-_PREFIX, _LOCK = ".writing-", ".lock"
+_PREFIX, _PARTIAL, _LOCK = ".writing-", ".partial-", ".lock"
+
+# What nobody has gone on with for so long is removed.
+_FORGOTTEN = 14 * 24 * 3600.0
 
 
 def default_cache() -> Path:
@@ -51,6 +60,68 @@ def building(final: Path) -> Iterator[Path]:
         raise DataError(f"cannot write in folder {parent}: {reason}") from problem
 
 
+@contextlib.contextmanager
+def resumable(final: Path) -> Iterator[Path | None]:
+    """The folder in which `final` is being built, with what was done before; renamed at the end.
+
+    One process works at a time: others wait, and get None if `final` is finished meanwhile. If
+    the block raises, or the process is killed, the folder stays, to go on another time; it is
+    removed when nobody does so for two weeks. Where the file system cannot lock files, this is
+    `building`.
+    """
+    parent = make_folder(final.parent, error=DataError)
+    folder = parent / f"{_PARTIAL}{final.name}"
+    lock_file = folder.with_name(folder.name + _LOCK)
+    try:
+        _remove_abandoned(parent)
+        descriptor = _lock_by_name(lock_file)
+        if descriptor is None:
+            with building(final) as private:
+                yield private
+            return
+        try:
+            if final.exists():
+                yield None
+            else:
+                folder.mkdir(exist_ok=True)
+                yield folder
+                sync_folder(folder)
+                folder.rename(final)
+                sync_folder(parent)
+        finally:
+            with contextlib.suppress(OSError):
+                if not folder.exists():
+                    lock_file.unlink()
+            os.close(descriptor)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise DataError(f"cannot write in folder {parent}: {reason}") from problem
+
+
+def _lock_by_name(path: Path) -> int | None:
+    """A descriptor of the locked file; waits for whoever has it. None if it can't be locked."""
+    told = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        locked = _lock(descriptor)
+        if locked is None:
+            os.close(descriptor)
+            return None
+        if locked:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        elif not told:
+            name = path.name.removeprefix(_PARTIAL).removesuffix(_LOCK)
+            warnings.warn(
+                f"another process is preparing {name}; waiting for it to finish", stacklevel=4
+            )
+            told = True
+        os.close(descriptor)
+        if not locked:
+            time.sleep(0.1)
+
+
 def discard(folder: Path) -> None:
     """Remove a folder, at once as far as other processes can see."""
     try:
@@ -86,7 +157,12 @@ def _claimed(parent: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for lock_file in parent.glob(f"{_PREFIX}*{_LOCK}"):
+    forgotten = (
+        lock_file
+        for lock_file in parent.glob(f"{_PARTIAL}*{_LOCK}")
+        if time.time() - _last_written(lock_file.with_suffix("")) > _FORGOTTEN
+    )
+    for lock_file in itertools.chain(parent.glob(f"{_PREFIX}*{_LOCK}"), forgotten):
         try:
             descriptor = os.open(lock_file, os.O_RDWR)
         except OSError:
@@ -98,6 +174,13 @@ def _remove_abandoned(parent: Path) -> None:
                     lock_file.unlink()
         finally:
             os.close(descriptor)
+
+
+def _last_written(folder: Path) -> float:
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:  # it was finished this moment
+        return time.time()
 
 
 if sys.platform == "win32":

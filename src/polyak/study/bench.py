@@ -78,8 +78,8 @@ def models(
     return [
         {
             "name": name,
-            "tokens_per_second": _spread([tokens / s for s in found]),
-            "relative_speed": _spread(
+            "tokens_per_second": spread([tokens / s for s in found]),
+            "relative_speed": spread(
                 [base / s for base, s in zip(seconds[first], found, strict=True)]
             ),
             "peak_bytes": peaks[name],
@@ -107,8 +107,8 @@ def kernels(tokens: int, num_heads: int, head_dim: int, rounds: int) -> list[Mea
         rows.append(
             {
                 "name": pair.name,
-                "fast_seconds": _spread(seconds["fast"]),
-                "reference_seconds": _spread(seconds["reference"]),
+                "fast_seconds": spread(seconds["fast"]),
+                "reference_seconds": spread(seconds["reference"]),
                 "speed_up": statistics.median(
                     r / f for r, f in zip(seconds["reference"], seconds["fast"], strict=True)
                 ),
@@ -178,7 +178,8 @@ def default_rules() -> tuple[str, ...]:
     return rules.names()
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 

@@ -21,10 +21,17 @@ START = 0.35  # of training is left out of the loss axes: it would flatten all t
 
 def curve(run: Mapping[str, Any], axis: str) -> tuple[Array, Array]:
     """x and loss of one run without points that are missing or not finite."""
-    points = run.get("curve") or {}
+    columns = run.get("curve") or {}
+    return points(columns.get(axis), columns.get("loss"))
+
+
+def points(
+    xs: Sequence[float | None] | None, ys: Sequence[float | None] | None
+) -> tuple[Array, Array]:
+    """Two columns as arrays, without the places where a value is missing or not finite."""
     pairs = [
         (x, y)
-        for x, y in zip(points.get(axis) or [], points.get("loss") or [], strict=False)
+        for x, y in zip(xs or [], ys or [], strict=False)
         if x is not None and y is not None and math.isfinite(y)
     ]
     data = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
@@ -82,11 +89,18 @@ def _faint(entries: int) -> float:
     return 0.55 if entries <= 4 else 0.28
 
 
-UNITS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time"}
+UNITS = {
+    "step": "optimizer steps",
+    "tokens": "training tokens",
+    "flops": "training FLOPs",
+    "seconds": "training time",
+}
 
 
-def _scale(axis: str, largest: float) -> tuple[float, str]:
+def scale_of(axis: str, largest: float) -> tuple[float, str]:
     """What to divide an axis by, and its label."""
+    if axis == "step":
+        return 1.0, UNITS[axis]
     if axis == "seconds":
         for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
             if largest >= 2 * size:
@@ -110,7 +124,7 @@ def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
     if not drawn:
         return False
     shortest, longest = _extent(drawn)
-    scale, label = _scale(axis, longest)
+    scale, label = scale_of(axis, longest)
     for name in chosen:
         if name in drawn:
             _draw(axes, chosen[name], drawn[name], scale, _faint(len(drawn)))
@@ -142,7 +156,7 @@ def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
     if not drawn:
         return False
     shortest, longest = _extent(drawn)
-    scale, label = _scale("tokens", longest)
+    scale, label = scale_of("tokens", longest)
     axes.axhline(0, color=color("ink"), linewidth=1.2)
     for name in chosen:
         if name in drawn:

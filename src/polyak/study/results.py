@@ -138,14 +138,20 @@ def _entry(
         "tokens_per_second": speed,
         "peak_memory_bytes": round(statistics.median(peaks)) if peaks else None,
         "sweep": sweep,
-        "scalars": _mean_scalars(folders),
+        "scalars": mean_scalars(
+            [
+                rows[-1]["scalars"]
+                for f in folders
+                if f.result() and (rows := f.metrics("validation"))
+            ]
+        ),
     }
 
 
-def _mean_scalars(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[float]]] | None:
-    last = [
-        rows[-1]["scalars"] for f in folders if f.result() and (rows := f.metrics("validation"))
-    ]
+def mean_scalars(
+    last: Sequence[Mapping[str, Mapping[str, Sequence[float]]]],
+) -> dict[str, dict[str, list[float]]] | None:
+    """Mean over runs of the learned scalars by name, substep and depth; None for none."""
     if not last or not last[0]:
         return None
     return {

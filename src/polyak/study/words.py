@@ -75,6 +75,29 @@ def memory(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def loss(value: float | None) -> str:
+    """A loss with four decimals; a dash for none."""
+    return NONE if value is None else fixed(value, 4)
+
+
+def duration(seconds: float | None) -> str:
+    """`42 s`, `7 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds is None:
+        return NONE
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def short(text: str) -> str:
+    """A long hash by its beginning; other text as it is."""
+    return f"{text[:10]}…" if re.fullmatch("[0-9a-f]{40,}", text) else text
+
+
 def loss_places(results: Mapping[str, Any]) -> int:
     """Decimals for losses: two digits of the smallest s.d., between 3 and 4."""
     spreads = [e["loss"]["sd"] for e in results["entries"] if e.get("loss") and e["loss"]["sd"]]

@@ -1,0 +1,54 @@
+"""`polyak report`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from polyak.cli._options import parse
+from polyak.errors import ConfigError
+
+DESCRIPTION = """Draw the curves of runs, finished or not, into one page that needs no
+network: losses, learning rates, gradient norm, speed, memory, learned
+scalars, and the settings that differ. Writes report.html and results.json.
+
+examples:
+  polyak report runs/mine
+  polyak report runs/first runs/second --out runs/both
+  polyak report runs/compare --out runs/curves"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Which runs, and where the page goes."""
+
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
+    ] = ()
+    """Run folders, comparisons, or folders of runs."""
+    out: Path = Path("runs/report")
+    """Folder for report.html and results.json."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("no run is named; write polyak report RUN, a run's folder")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    config = parse(ReportConfig, "report", words, DESCRIPTION)
+    from polyak.study.run_report import report, sentence
+
+    results = report(config.runs, config.out, command=shlex.join(["polyak", "report", *words]))
+    print(sentence(results))
+    for line in results["warnings"]:
+        print(f"Careful: {line}")
+    print(f"Report: {config.out / 'report.html'}")
+    return 0

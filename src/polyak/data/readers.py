@@ -1,0 +1,153 @@
+"""Reading the documents of one file: text, JSONL or Parquet.
+
+Every reader can begin after some number of documents, and returns how many of those it did not
+have: a killed preparation goes on without decoding what it has done.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyak.data.documents import Document, LongText
+from polyak.errors import DataError, MissingExtraError
+
+# Larger text files are never held in memory as a whole.
+LONG_FILE = 16 << 20
+_PARQUET_ROWS = 256
+
+Read = Generator[Document, None, int]
+
+
+class File(NamedTuple):
+    """A file of a corpus."""
+
+    name: str  # relative to the corpus, with "/"
+    path: Path
+    kind: str  # "text", "jsonl" or "parquet"
+    sha256: str
+
+
+def read(file: File, text_field: str, skip: int = 0) -> Read:
+    """The documents of a file without the first `skip`; returns how many more are to be skipped.
+
+    Raises:
+        DataError: a record that is not JSON, has no text, or text that is not Unicode.
+        OSError: the system refuses.
+    """
+    return (yield from _READERS[file.kind](file, text_field, skip))
+
+
+def _read_text(file: File, text_field: str, skip: int) -> Read:
+    if skip:
+        return skip - 1
+    if file.path.stat().st_size > LONG_FILE:
+        yield Document(file.name, LongText(file.path))
+        return 0
+    try:
+        # "-sig": a byte-order mark is about the encoding, not part of the text.
+        yield Document(file.name, file.path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{file.path} changed while it was being read: {problem}") from problem
+    return 0
+
+
+def _read_jsonl(file: File, text_field: str, skip: int) -> Read:
+    opener = gzip.open if file.path.name.lower().endswith(".gz") else open
+    try:
+        with opener(file.path, "rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if not line.strip():
+                    continue
+                if skip:
+                    skip -= 1
+                    continue
+                where = f"{file.path}, line {number}"
+                text = text_of(_record(line, where), text_field, where)
+                yield Document(f"{file.name}:{number}", text)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
+        raise DataError(f"{file.path} is not a whole gzip file: {problem}") from problem
+    return skip
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except ValueError as problem:
+        raise DataError(f"{where}: not JSON: {problem}") from problem
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _read_parquet(file: File, text_field: str, skip: int) -> Read:
+    arrow, parquet = pyarrow(file.path)
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise _no_field(str(file.path), text_field, names)
+            number, groups = 0, list(range(table.num_row_groups))
+            while groups and skip >= table.metadata.row_group(groups[0]).num_rows:
+                rows = table.metadata.row_group(groups.pop(0)).num_rows
+                number, skip = number + rows, skip - rows
+            if not groups:
+                return skip
+            for batch in table.iter_batches(
+                batch_size=_PARQUET_ROWS, row_groups=groups, columns=[text_field]
+            ):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if skip:
+                        skip -= 1
+                        continue
+                    where = f"{file.path}, row {number}"
+                    checked = text_of({text_field: text}, text_field, where)
+                    yield Document(f"{file.name}:{number}", checked)
+    except arrow.ArrowException as problem:
+        reason = str(problem).splitlines()[0]
+        raise DataError(f"{file.path} is not a readable Parquet file: {reason}") from problem
+    return skip
+
+
+def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of a record; `DataError` naming the place where there is none."""
+    if text_field not in record:
+        raise _no_field(where, text_field, list(record))
+    text = record[text_field]
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        raise DataError(f"{where}: field {text_field!r} must be text, found {found}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise DataError(
+            f"{where}: field {text_field!r} is not valid Unicode (an unpaired surrogate at "
+            f"character {problem.start})"
+        ) from problem
+    return text
+
+
+def _no_field(where: str, text_field: str, present: list[str]) -> DataError:
+    return DataError(
+        f"{where}: no field {text_field!r}; its fields are: {', '.join(present) or 'none'} "
+        "(choose one with text_field)"
+    )
+
+
+def pyarrow(path: Path) -> tuple[Any, Any]:
+    """`pyarrow` and `pyarrow.parquet`; `MissingExtraError` where they are not installed."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as problem:
+        raise MissingExtraError(
+            f"reading {path} needs pyarrow, which is not installed; pip install 'polyak[data]'"
+        ) from problem
+
+
+_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}

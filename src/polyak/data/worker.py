@@ -1,0 +1,28 @@
+"""A process that encodes chunks of text for `encode.Encoder`: from standard input to output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from polyak.data.encode import encode, receive_parts, send
+from polyak.data.tokenizers import load_tokenizer
+
+
+def main() -> None:
+    """Encode until the input ends: `FOLDER-OF-THE-TOKENIZER SIDES`.
+
+    The process that started this one handles interrupts; when it is gone, the input ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tokenizer, sides = load_tokenizer(Path(sys.argv[1])), int(sys.argv[2])
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        while (parts := receive_parts(source)) is not None:
+            for ids in encode(tokenizer, parts, sides):
+                send(target, ids.tobytes())
+            target.flush()
+    except (BrokenPipeError, EOFError):  # killed while it sent or waited: nobody wants the answer
+        os._exit(1)

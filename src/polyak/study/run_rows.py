@@ -1,0 +1,191 @@
+"""Runs as a report reads them: found below folders, named, and their metrics made short."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyak.errors import PolyakError, RunError
+from polyak.files import read_json
+from polyak.training.runs import RunFolder
+
+POINTS = 400
+"""Points of a curve in a report; longer logs are averaged in groups of rows."""
+PLACE = ("step", "tokens", "seconds")
+VALUES = (
+    "loss",
+    "gradient_norm",
+    "tokens_per_second",
+    "flops_per_second",
+    "peak_fraction",
+    "memory_bytes",
+)
+EVENTS = ("resume", "cut", "spike", "skipped", "changed")
+Row = Mapping[str, Any]
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders that paths mean: a run, a comparison, or a folder of runs; each run once.
+
+    A comparison's sweep is left out.
+
+    Raises:
+        RunError: a path does not exist, or is no run and holds none.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise RunError(f"{path} does not exist")
+        runs = [path] if (path / "run.json").exists() else _inside(path)
+        if not runs:
+            raise RunError(f"{path} is not a run and holds none: run.json is missing")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _inside(path: Path) -> list[Path]:
+    files = [*path.glob("*/run.json"), *path.glob("runs/*/run.json")]
+    return sorted(file.parent for file in files)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its last part, and as many before it as tell all apart."""
+    whole = [folder.resolve() for folder in folders]
+    for parts in range(1, max((len(path.parts) for path in whole), default=1) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [os.fspath(path) for path in whole]
+
+
+def read_run(folder: Path, name: str) -> dict[str, Any]:
+    """All that a report shows of one run, finished or not.
+
+    Returns:
+        `train`: series of the training rows, at most about 400 points, None where a row has no
+        value; `curve`: every validation; `events`; how far it got, and what its settings are.
+
+    Raises:
+        RunError: run.json or metrics.jsonl cannot be read; the line is named.
+    """
+    run = RunFolder(folder)
+    recorded = read_json(run.settings_file)
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
+        raise RunError(f"{run.settings_file} is not a run's: it has no 'settings' part")
+    settings, result = recorded["settings"], run.result()
+    rows = run.metrics()
+    train = [row for row in rows if row["kind"] == "train"]
+    checks = [row for row in rows if row["kind"] == "validation"]
+    last = max((row for row in (*train, *checks)), key=lambda row: row["step"], default={})
+    speeds = [row["tokens_per_second"] for row in train if row.get("tokens_per_second")]
+    losses = [(row["loss"], row["step"]) for row in checks if row.get("loss") is not None]
+    best, best_step = min(losses, default=(None, None))
+    loss = losses[-1][0] if losses else None
+    factor = _bits_per_byte_factor(settings, folder)
+    ends = result or {}
+    peaks = [row["memory_bytes"] for row in train if row.get("memory_bytes")]
+    return {
+        "name": name,
+        "folder": os.fspath(folder),
+        "settings": settings,
+        "environment": recorded.get("environment", {}),
+        "rule": settings["model"]["rule"],
+        "seed": settings["training"]["seed"],
+        "status": "finished" if result else "unfinished",
+        "parameters": _parameters(settings["model"]),
+        "step": last.get("step", 0),
+        "steps": settings["training"]["steps"],
+        "tokens": last.get("tokens"),
+        "loss": loss,
+        "best_loss": best,
+        "best_step": best_step,
+        "bits_per_byte": loss * factor if loss is not None and factor else None,
+        "seconds": last.get("seconds"),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "peak_memory_bytes": ends.get("peak_memory_bytes") or max(peaks, default=None),
+        "scalars": (checks or train or [{}])[-1].get("scalars"),
+        "events": [
+            {key: value for key, value in row.items() if key not in ("tokens", "flops")}
+            for row in rows
+            if row["kind"] in EVENTS
+        ],
+        "curve": {key: [row.get(key) for row in checks] for key in (*PLACE, "loss")},
+        "train": series(train),
+    }
+
+
+def series(rows: Sequence[Row]) -> dict[str, Any]:
+    """Training rows as columns, averaged in groups of equal length if there are many.
+
+    A learned scalar's columns are its mean, least and largest value over depth and substeps.
+    """
+    size = -(-len(rows) // POINTS) if rows else 1
+    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+    rates = _names(rows, "rates")
+    return {
+        "rows_per_point": size,
+        **{key: [group[-1].get(key) for group in groups] for key in PLACE},
+        **{key: [_mean(row.get(key) for row in group) for group in groups] for key in VALUES},
+        "rates": {
+            name: [_mean((row.get("rates") or {}).get(name) for row in group) for group in groups]
+            for name in rates
+        },
+        "scalars": {
+            name: _spread([(group[-1].get("scalars") or {}).get(name) for group in groups])
+            for name in _names(rows, "scalars")
+        },
+    }
+
+
+def _names(rows: Sequence[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.get(key) or {}))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def _spread(values: Sequence[Mapping[str, Sequence[Any]] | None]) -> dict[str, list[float | None]]:
+    flat = [[x for layers in (v or {}).values() for x in _leaves(layers)] for v in values]
+    return {
+        "mean": [statistics.fmean(x) if x else None for x in flat],
+        "low": [min(x, default=None) for x in flat],
+        "high": [max(x, default=None) for x in flat],
+    }
+
+
+def _leaves(value: Any) -> list[float]:
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return [] if value is None else [value]
+
+
+def _parameters(model: Mapping[str, Any]) -> int | None:
+    """Parameters of a model; None where a user's rule is no longer there to ask."""
+    from polyak.nn.config import ModelConfig
+    from polyak.nn.cost import cost
+
+    try:
+        return cost(ModelConfig.from_dict(model)).total_parameters
+    except PolyakError:
+        return None
+
+
+def _bits_per_byte_factor(settings: Mapping[str, Any], folder: Path) -> float | None:
+    """Bits/byte per nat/token: from the run, or from the comparison that it is a part of."""
+    from polyak.study.verdict import bits_per_byte_factor
+
+    own = settings.get("validation") or {}
+    corpus = {"validation_tokens": own.get("tokens"), "validation_bytes": own.get("bytes")}
+    around = folder.resolve().parent.parent / "results.json"
+    if corpus["validation_bytes"] is None and around.exists():
+        found = read_json(around)
+        of_all = found.get("corpus") if isinstance(found, dict) else None
+        if isinstance(of_all, dict) and of_all.get("validation_tokens") == own.get("tokens"):
+            corpus = of_all
+    return bits_per_byte_factor(corpus)
