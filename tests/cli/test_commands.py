@@ -44,7 +44,7 @@ def test_rules_as_markdown_is_a_table(capsys: Streams) -> None:
     assert {line.count(" | ") for line in lines} == {6}
 
 
-def test_bench_times_models_and_every_kernel(tmp_path: Path, capsys: Streams) -> None:
+def test_bench_times_models_every_kernel_and_the_loss(tmp_path: Path, capsys: Streams) -> None:
     size = ["--num-layers", "1", "--num-heads", "2", "--d-model", "8", "--context-length", "8"]
     more = ["--rules", "gradient_descent,muon", "--rounds", "2", "--batch-size", "2"]
     out = ["--threads", "1", "--out", str(tmp_path / "bench")]
@@ -58,5 +58,11 @@ def test_bench_times_models_and_every_kernel(tmp_path: Path, capsys: Streams) ->
     assert second["peak_bytes"] > first["peak_bytes"] > 0
     assert [row["name"] for row in results["ops"]] == [pair.name for pair in ops.PAIRS]
     assert all(row["speed_up"] > 0 for row in results["ops"])
+    plain, chunked = results["loss"][:2]
+    assert (plain["name"], chunked["name"]) == ("plain", "chunked")
+    assert plain["relative_time"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    for row in results["loss"]:
+        assert max(row["relative_errors"].values()) < 1e-5
+        assert row["relative_peak"] == row["peak_bytes"] / plain["peak_bytes"]
     assert results["threads"] == 1
     assert "GPT2LMHeadModel" in names or "GPT2" not in capsys.readouterr().out

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-from collections.abc import Iterator
 from functools import lru_cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ from polyak.study.report import render, write_picture, write_report
 from polyak.study.svg import PALETTE
 from polyak.study.verdict import complete
 from tests.study.fixtures import fail, made_up
+from tests.study.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
 PAIR = ["gradient_descent", "triple_momentum"]
-VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 def partial() -> dict[str, Any]:
@@ -69,56 +66,12 @@ def rendered(case: str) -> str:
     return render(CASES[case]())
 
 
-class Page(HTMLParser):
-    """Checks that tags close in order, and gathers ids, references and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if values.get("id"):
-            self.ids.append(str(values["id"]))
-        self.links += [str(values[a]) for a in ("src", "href", "xlink:href") if values.get(a)]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_stage_of_a_study_gives_one_well_formed_page(case: str) -> None:
     results = CASES[case]()
     text = rendered(case)
-    page = Page(text)
-    assert results["verdict"]["sentence"] in page.text
-    assert len(set(page.ids)) == len(page.ids)
-    # everything it refers to is in the file
-    assert all(link.startswith(("#", "data:")) for link in page.links)
-    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
-    assert "<script" not in text
-    assert not re.search(r"\bnan\b|\bNone\b|\binf\b", page.text)
+    assert results["verdict"]["sentence"] in Page(text).text
+    check_text(text)
 
 
 def test_the_page_has_all_that_a_rerun_needs_and_what_failed() -> None:
@@ -201,23 +154,6 @@ def test_the_picture_is_a_png(case: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no Chromium on this machine (looked for {', '.join(names)})")
-    quiet = ("background-networking", "component-update", "sync", "gpu")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--no-first-run", *(f"--disable-{word}" for word in quiet)],
-        )
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     for case in CASES:
@@ -232,57 +168,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_browser_shows_the_page(
     browser: Any, pages: dict[str, Path], case: str, width: int, theme: str
 ) -> None:
-    context = browser.new_context(
-        viewport={"width": width, "height": 844}, color_scheme=theme, offline=True
-    )
-    page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    address = pages[case].as_uri()
-    page.goto(address)
-    assert said == []
-    assert [url for url in asked if url != address and not url.startswith("data:")] == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # nothing sticks out to the right except inside a box that scrolls by itself
-    outside = page.evaluate(
-        """() => [...document.querySelectorAll("main *")]
-            .filter(e => !e.closest(".scroll") && !e.closest("svg"))
-            .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
-            .map(e => e.outerHTML.slice(0, 80))"""
-    )
-    assert outside == []
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    surface = PALETTE["surface"][theme == "dark"]
-    assert background == "rgb({}, {}, {})".format(*(int(surface[i : i + 2], 16) for i in (1, 3, 5)))
-    context.close()
+    check_in_browser(browser, pages[case], width, theme)
 
 
 def test_no_text_of_a_figure_is_cut_or_overlaps_the_ticks(
     browser: Any, pages: dict[str, Path]
 ) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 844})
     for path in pages.values():
-        page.goto(path.as_uri())
-        cut = page.evaluate(
-            """() => [...document.querySelectorAll("svg.figure")].flatMap(svg => {
-                const box = svg.getBoundingClientRect();
-                const texts = [...svg.querySelectorAll("text")];
-                const out = texts.filter(t => {
-                    const b = t.getBoundingClientRect();
-                    return b.left < box.left - 2 || b.right > innerWidth || b.top < box.top - 8
-                        || b.bottom > box.bottom + 8;
-                });
-                const ticks = [...svg.querySelectorAll("g[id*='matplotlib.axis_1'] text")]
-                    .filter(t => t.closest("g[id*='xtick']"))
-                    .map(t => t.getBoundingClientRect())
-                    .sort((a, b) => a.left - b.left);
-                const near = ticks.filter((t, i) => i && t.left < ticks[i - 1].right + 1);
-                if (!ticks.length) return ["no ticks found"];
-                return [...out.map(t => t.textContent), ...near.map(t => "tick at " + t.left)];
-            })"""
-        )
-        assert cut == []
-    page.close()
+        check_figures_in_browser(browser, path)

@@ -20,6 +20,16 @@ from torch import Tensor
 
 from polyak import ModelConfig, Transformer
 from polyak.errors import PolyakError, RunError
+from polyak.rules import (
+    Oracle,
+    State,
+    Stream,
+    UpdateRule,
+    positive,
+    register,
+    state_norm,
+    unit_interval,
+)
 from polyak.training import schedules, sharded
 from polyak.training.config import TrainingConfig
 from polyak.training.distributed import (
@@ -34,6 +44,20 @@ from polyak.training.optimizers import Optimizers, parameter_groups
 from polyak.training.sam import perturbed, uses_sam
 
 BATCH, LENGTH, VOCABULARY = 12, 16, 61
+
+
+@register("late")
+class Late(UpdateRule):
+    """x ← x + v + O(x); v ← LN(βv + γO(x)): the last v, its norm and scalars have no use."""
+
+    streams = (Stream("v", start="embedding"),)
+    beta, gamma = unit_interval(0.5), positive(1.0)
+    norm = state_norm()
+
+    def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        g = oracle(x)
+        v = self.norm.combine(self.beta, state.v, self.gamma, g)
+        return x + state.v + g, state.replace(v=v)
 
 
 @dataclass(frozen=True)
@@ -115,15 +139,16 @@ class Training:
         self.optimizers = Optimizers(self.model, self.recipe)
         self.parameters = [p for group in parameter_groups(self.model).values() for p in group]
 
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.case.bfloat16)
+
     def gradient(self, rows: Tensor) -> float:
         total = 0.0
         parts = torch.split(rows, self.case.micro)
         for number, part in enumerate(parts, 1):
-            with (
-                self.loss.synchronised(number == len(parts)),
-                torch.autocast("cpu", torch.bfloat16, enabled=self.case.bfloat16),
-            ):
-                loss = self.loss(part) / (BATCH * LENGTH)
+            with self.loss.synchronised(number == len(parts)):
+                with self.precision():
+                    loss = self.loss(part) / (BATCH * LENGTH)
                 self.loss.backward(loss)
             total += float(loss.detach())
         return self.world.sum(total)
@@ -141,7 +166,8 @@ class Training:
     @torch.no_grad()
     def evaluate(self) -> float:
         rows = batch_at(10**6)[self.world.rows(BATCH)]
-        return self.world.sum(float(self.loss(rows))) / (BATCH * LENGTH)
+        with self.precision():
+            return self.world.sum(float(self.loss(rows))) / (BATCH * LENGTH)
 
     def save(self, folder: Path) -> None:
         if self.world.main:
@@ -274,9 +300,15 @@ def talk(folder: Path, world: World) -> None:
         (folder / "late").touch()
     world.barrier()
     met = (folder / "late").exists()
+    with world.main_first():
+        if world.main:
+            time.sleep(0.5)
+            (folder / "prepared").touch()
+        found_prepared = (folder / "prepared").exists()
     found = {
         "main": world.main,
         "met": met,
+        "prepared": found_prepared,
         "rows": [world.rows(BATCH).start, world.rows(BATCH).stop],
         "sum": world.sum(0.5 + world.rank),
         "sums": world.sums([world.rank, 1.0]),

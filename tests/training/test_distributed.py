@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_two_processes_equal_one_for_more_rules_and_optimizers(tmp_path: Path) -
         Case(rule, strategy, **fields)  # type: ignore[arg-type]
         for strategy in ("ddp", "fsdp")
         for rule, fields in (
-            *((rule, {}) for rule in (*RULES, "adamw", "muon")),
+            *((rule, {}) for rule in (*RULES, "adamw", "muon", "late")),
             ("triple_momentum", {"optimizer": "adamw"}),
             ("triple_momentum", {"sam": "always"}),
         )
@@ -133,6 +135,7 @@ def test_the_processes_talk_and_only_the_first_prints(tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert found[0] == {
         "met": True,
+        "prepared": True,
         "sum": 2.0,
         "sums": [1.0, 2.0],
         "any": [True, False],
@@ -221,6 +224,8 @@ def test_without_torchrun_there_is_one_process_and_no_group(
         assert world.broadcast([1, None]) == [1, None]
         assert world.gather("a") == ["a"]
         world.barrier()
+        with world.main_first():
+            pass
         world.agree(None)
         with pytest.raises(RunError, match=r"^no$"):
             world.agree(RunError("no"))
@@ -256,3 +261,12 @@ def test_clipping_returns_the_norm_before_and_leaves_the_limit() -> None:
         parameter.grad = torch.full_like(parameter, 2.0)
     assert clip_grad_norm(parameters, 1.0) == pytest.approx(32**0.5)
     assert clip_grad_norm(parameters, 10.0) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_the_scripts_of_the_docs_are_bash() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert any("#SBATCH" in script for script in scripts)
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)

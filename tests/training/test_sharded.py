@@ -240,7 +240,7 @@ def test_a_checkpoint_is_resumed_by_any_number_of_processes(tmp_path: Path) -> N
         "optimizer.safetensors",
     }
     ends = sorted(tmp_path.glob("*.safetensors"))
-    assert len(ends) == 11
+    assert len(ends) == 12
     expected = load_file(tmp_path / "one-none-1.safetensors")
     for end in ends:
         for name, tensor in load_file(end).items():

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from polyak.training.run_config import RunConfig
     from polyak.training.train_config import TrainOptions
 
+OVERHEAD = 1.35
+"""Resident memory against the estimate, at the most that was measured (docs/recipes.md)."""
+
 
 def print_plan(config: RunConfig, options: TrainOptions, console: Console) -> None:
     """Print the resolved configuration and the estimates; refuse a plan that cannot work.
@@ -50,7 +53,11 @@ def print_plan(config: RunConfig, options: TrainOptions, console: Console) -> No
     available = device_memory(cuda)
     check_memory(found.memory, available, where, 1 if cuda else processes.local)
     if available is not None:
-        console.print(f"{where[0].upper()}{where[1:]} has {gib(available)}.")
+        tight = found.memory.peak * (1 if cuda else processes.local) * OVERHEAD > available
+        console.print(
+            f"{where[0].upper()}{where[1:]} has {gib(available)}"
+            + (", which may be too little with what comes on top." if tight else ".")
+        )
 
 
 def configuration(config: RunConfig) -> Iterator[str]:

@@ -146,21 +146,23 @@ def _op_table(rows: Sequence[dict[str, Any]], tokens: int) -> Table:
 
 
 def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) -> Table:
-    table = _table("", "ms", "time", "low–high", "peak MB", "peak", "loss", "features", "weight")
+    table = _table("", "ms", "time", "low–high", "MB", "peak", "value", "grad")
     table.caption = (
         f"loss of {tokens} tokens, vocabulary {vocabulary}: time and peak memory relative to the "
-        "plain form; relative errors of the loss and its gradients against float64"
+        "plain form; relative error of the value and the larger one of its two gradients, against "
+        "float64"
     )
     for row in rows:
         ratio, errors = row["relative_time"], row["relative_errors"]
         table.add_row(
             row["name"],
-            f"{1e3 * row['seconds']['median']:,.1f}",
+            f"{1e3 * row['seconds']['median']:.1f}",
             f"{ratio['median']:.2f}",
             f"{ratio['low']:.2f}–{ratio['high']:.2f}",
-            f"{row['peak_bytes'] / 1e6:,.1f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['relative_peak']:.2f}",
-            *(f"{errors[part]:.1e}" for part in ("loss", "features", "weight")),
+            f"{errors['loss']:.0e}",
+            f"{max(errors['features'], errors['weight']):.0e}",
         )
     return table
 

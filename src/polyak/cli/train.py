@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from polyak.training.estimate import Processes
     from polyak.training.run_config import RunConfig
 
 DESCRIPTION = """Train one model by a recipe into a run folder, with checkpoints. Stopped at any
@@ -50,8 +52,11 @@ def main(words: Sequence[str]) -> int:
 def _train(config: RunConfig, options: TrainOptions, console: Console) -> None:
     from polyak.training.estimate import Processes, check_plan
 
-    check_plan(config, Processes.from_environment())
+    processes = Processes.from_environment()
+    check_plan(config, processes)
     main = os.environ.get("RANK", "0") == "0"
+    if main and not options.resume:
+        _check_memory(config, processes)
     from polyak.training.loop import train
 
     if main:
@@ -76,6 +81,22 @@ def _train(config: RunConfig, options: TrainOptions, console: Console) -> None:
             f"nats/token; folder: {options.out}",
             soft_wrap=True,
         )
+
+
+def _check_memory(config: RunConfig, processes: Processes) -> None:
+    """Refuse what does not fit before the corpus is prepared, which may take hours."""
+    from polyak.errors import RuleError
+    from polyak.training.estimate import check_memory, device_memory, estimate
+    from polyak.training.trainer import device_of
+
+    cuda = device_of(config.device).type == "cuda"
+    try:
+        needed = estimate(config, processes=processes, cuda=cuda).memory
+    except RuleError as error:
+        print(f"polyak train: {error}", file=sys.stderr)
+        return
+    where = "the CUDA device" if cuda else "this machine"
+    check_memory(needed, device_memory(cuda), where, 1 if cuda else processes.local)
 
 
 class TrainDisplay:

@@ -92,7 +92,7 @@ class Journal:
 
 
 def _line(value: dict[str, Any]) -> str:
-    content = json.dumps(value, sort_keys=True)
+    content = json.dumps(value)  # in its own order: the manifest repeats some of it
     return f"{_check(content)} {content}\n"
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from polyak.data.byte_level import PIECE, byte_letters, hugging_face_json, pieces
 from polyak.data.documents import Text, parts_of
+from polyak.data.words import WordEncoder
 from polyak.errors import ConfigError, DataError
 from polyak.files import make_folder, read_json, write_atomic, write_json
 
@@ -159,7 +160,7 @@ class BPETokenizer(Tokenizer):
         self._merges = [tuple(pair) for pair in merges]
         definition = json.dumps(["polyak bpe 1", self._tokens, self._merges])
         self.fingerprint = sha256(definition.encode()).hexdigest()
-        self._fast = HuggingFaceTokenizer.from_str(self.hugging_face_json())
+        self._words = WordEncoder(HuggingFaceTokenizer.from_str(self.hugging_face_json()))
 
     @classmethod
     def train(cls, texts: Iterable[Text], vocab_size: int) -> BPETokenizer:
@@ -204,9 +205,7 @@ class BPETokenizer(Tokenizer):
         for text in texts:
             _utf8(text)
         parts = [list(pieces([text])) for text in texts]
-        flat = [part for text in parts for part in text]
-        encode = getattr(self._fast, "encode_batch_fast", self._fast.encode_batch)
-        ids = iter([np.asarray(e.ids, dtype=np.int64) for e in encode(flat)])
+        ids = iter(self._words.encode_many([part for text in parts for part in text]))
         return [
             np.concatenate([np.empty(0, np.int64), *(next(ids) for _ in text)]) for text in parts
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from polyak.data.encode import encode, receive_parts, send
 from polyak.data.tokenizers import load_tokenizer
+from polyak.errors import PolyakError
 
 
 def main() -> None:
@@ -17,7 +18,10 @@ def main() -> None:
     The process that started this one handles interrupts; when it is gone, the input ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tokenizer, sides = load_tokenizer(Path(sys.argv[1])), int(sys.argv[2])
+    try:
+        tokenizer, sides = load_tokenizer(Path(sys.argv[1])), int(sys.argv[2])
+    except PolyakError as problem:  # the folder is gone with the process that started this one
+        sys.exit(f"polyak worker: {problem}")
     source, target = sys.stdin.buffer, sys.stdout.buffer
     try:
         while (parts := receive_parts(source)) is not None:

@@ -32,12 +32,13 @@ from polyak.ops.reference import linear_cross_entropy_reference, using_reference
 
 Method = Literal["auto", "plain", "chunked"]
 
-# Up to this size of all logits the plain form is as fast and its three copies are small.
-_PLAIN_BYTES = 1 << 25
+# Up to this size of all logits the plain form is as fast (8 MiB: 1.0, 32 MiB: 1.3 times the
+# chunked form's time, 1 MiB: 0.8) and its three copies are small.
+_PLAIN_BYTES = 1 << 24
 
 # Bytes of one chunk's logits.  Each chunk reads and writes the whole (V, d) gradient of the
-# weight, so it should have a few hundred tokens: at V=50,304, d=384, 333 tokens take 64 MiB and
-# run at the speed of 512, 128 tokens take a tenth longer.
+# weight, so it should have a few hundred tokens: at V=50,304, d=384, 256 tokens run at the speed
+# of 512, and 128 take a tenth longer; 64 MiB hold 333.
 _CHUNK_BYTES = 1 << 26
 _FEWEST_TOKENS = 128
 
@@ -64,7 +65,7 @@ def linear_cross_entropy(
     `torch.no_grad()` it computes none.  A second backward pass through a retained graph computes
     them again.  The gradient of the weight is summed over chunks in one (V, d) buffer.  Target
     vectors are subtracted from the softmax's averages after these are summed, which in float32
-    leaves a fifteenth of the plain form's rounding error while the model is unsure.
+    leaves a tenth of the plain form's rounding error while the model is unsure.
 
     Where a derivative of the gradient may be asked for, the plain form serves every method: in
     `torch.func` transforms, in forward mode, and for tensor subclasses.  The gradient of a chunked
@@ -77,7 +78,7 @@ def linear_cross_entropy(
         weight: the output matrix, one row per token id.
         targets: the token ids to predict, each in [0, V).
         method: `plain` makes all logits at once, `chunked` never; `auto` takes the plain form if
-            all logits in float32 (or float64) take at most 32 MiB, or for float16.
+            all logits in float32 (or float64) take at most 16 MiB, or for float16.
         chunk_tokens: tokens at a time in the chunked form; None: what 64 MiB of logits hold, but
             at least 128, and then chunks as equal as can be.
 
@@ -203,7 +204,7 @@ def _loss_and_gradients(
         if by_weight is not None:
             scaled = (x_c / total).to(compute)
             if compute == exact:
-                by_weight.addmm_(e.T, scaled)
+                torch.addmm(by_weight, e.T, scaled, out=by_weight)
             else:
                 by_weight.add_(e.T @ scaled)
     if by_weight is not None:

@@ -76,15 +76,15 @@ def _candidates(size: int) -> dict[str, Loss]:
     found: dict[str, Loss] = {
         PLAIN: partial(ops.linear_cross_entropy, method="plain"),
         "chunked": partial(ops.linear_cross_entropy, method="chunked"),
-        "chunks kept": partial(_in_chunks, _plain, size),
-        "chunks recomputed": partial(_in_chunks, _recomputed, size),
+        "kept chunks": partial(_in_chunks, _plain, size),
+        "recomputed": partial(_in_chunks, _recomputed, size),
     }
     torchs: Any = getattr(F, "linear_cross_entropy", None)  # torch 2.13
     if torchs is not None:
         options: Any = torch.nn.LinearCrossEntropyOptions
         found["torch"] = partial(torchs, reduction="sum")
-        found["torch, its chunks"] = partial(torchs, reduction="sum", options=options())
-        found[f"torch, {size} tokens"] = partial(
+        found["torch chunks"] = partial(torchs, reduction="sum", options=options())
+        found[f"torch {size}"] = partial(
             torchs, reduction="sum", options=options(batch_chunk_size=size)
         )
     return found

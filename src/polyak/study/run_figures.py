@@ -14,7 +14,7 @@ from polyak.study.curves import UNITS, points, scale_of
 from polyak.study.dunnett import Array
 from polyak.study.figures import SIZE, scalar_depth, scalar_names, single, symbol
 from polyak.study.svg import Style, styles
-from polyak.study.words import compact, memory
+from polyak.study.words import compact
 
 AXES = ("step", "tokens", "seconds")
 LATE = 0.1  # the first tenth of training does not set the height of the loss axes
@@ -71,7 +71,7 @@ def loss(axes: Axes, results: Mapping[str, Any], source: str, axis: str) -> bool
         if source == "train":
             axes.plot(x / scale, y, color=style.color, linewidth=0.6, alpha=0.3)
         _line(axes, style, x / scale, line, len(drawn), marks=source == "curve")
-        late.append(line[x >= LATE * longest] if x[-1] >= LATE * longest else line)
+        late.append(line[x >= LATE * x[-1]])
     values = np.concatenate(late)
     low, high = float(values.min()), float(values.max())
     margin = 0.06 * (high - low or 1)
@@ -129,9 +129,20 @@ def plain(
     label: str,
     words: Callable[[float], str] | None = None,
     *,
-    zero: bool = False,
+    zero: bool = True,
+    noisy: bool = False,
 ) -> bool:
-    """A logged number of every run against steps; `words` turns the axis's numbers into text."""
+    """A logged number of every run against steps.
+
+    Args:
+        axes: to draw on.
+        results: of the report.
+        pick: the column out of a run's training series.
+        label: of the vertical axis.
+        words: turns that axis's numbers into text.
+        zero: the axis begins at 0; otherwise it is logarithmic where values tower over others.
+        noisy: draw it faint, with its moving average.
+    """
     drawn = []
     for style, run in _each(results):
         x, y = points(run["train"].get("step"), pick(run["train"]))
@@ -141,17 +152,29 @@ def plain(
         return False
     _x_axis(axes, "step", _longest(drawn))
     for style, _, x, y in drawn:
-        _line(axes, style, x, y, len(drawn), marks=False)
+        if noisy:
+            axes.plot(x, y, color=style.color, linewidth=0.6, alpha=0.3)
+        _line(axes, style, x, smooth(y) if noisy else y, len(drawn), marks=False)
     values = np.concatenate([y for *_, y in drawn])
-    positive = values[values > 0]
     if zero:
         axes.set_ylim(0, 1.08 * float(values.max()) or 1.0)
-    elif len(positive) and np.percentile(positive, 98) / np.percentile(positive, 2) > 30:
+    elif values.min() > 0 and values.max() > 10 * np.median(values):
         axes.set_yscale("log")
     if words is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
     axes.set_ylabel(label)
     return True
+
+
+def _memory(axes: Axes, results: Mapping[str, Any]) -> bool:
+    """Memory in the unit that suits the largest."""
+    held = [x for run in results["runs"] for x in run["train"]["memory_bytes"] if x is not None]
+    size, unit = (2**30, "GiB") if max(held, default=0) >= 4 * 2**30 else (2**20, "MiB")
+
+    def pick(train: Run) -> list[float | None]:
+        return [None if x is None else x / size for x in train["memory_bytes"]]
+
+    return plain(axes, results, pick, f"memory ({unit})")
 
 
 def scalar_time(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
@@ -199,21 +222,23 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
             ),
             SMALL,
         )
-    for key, label, words, zero in (
-        ("gradient_norm", "gradient norm", None, False),
-        ("tokens_per_second", "tokens/s", compact, True),
-        ("flops_per_second", "FLOP/s", compact, True),
-        ("peak_fraction", "% of the matmul peak", lambda value: f"{100 * value:.0f}", True),
-        ("memory_bytes", "memory", memory, True),
+    for key, label, words in (
+        ("gradient_norm", "gradient norm", None),
+        ("tokens_per_second", "tokens/s", compact),
+        ("flops_per_second", "FLOP/s", compact),
+        ("peak_fraction", "% of the matmul peak", lambda value: f"{100 * value:.3g}"),
     ):
         made[key] = single(
             key.replace("_", "-"),
             f"{label} against optimizer steps",
-            lambda axes, k=key, t=label, w=words, z=zero: plain(  # type: ignore[misc]
-                axes, results, lambda train: train.get(k), t, w, zero=z
+            lambda axes, k=key, t=label, w=words: plain(  # type: ignore[misc]
+                axes, results, lambda run: run.get(k), t, w, zero=w is not None, noisy=True
             ),
             SMALL,
         )
+    made["memory_bytes"] = single(
+        "memory", "Memory against optimizer steps", lambda axes: _memory(axes, results), SMALL
+    )
     for index, name in enumerate(scalar_names(results)):
         made[f"scalar-{name}"] = single(
             f"scalar-{index}",

@@ -7,6 +7,7 @@ entry and share colour, dash and marker.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _entry_names(runs: Sequence[Mapping[str, Any]], differ: Sequence[str]) -> dict[str, str]:
     """A name for each identity: the rule and, in brackets as in `compare`, what else differs.
 
-    Where that would be long or not tell the entries apart, the first run's name serves.
+    Where that would be long or not tell the entries apart, the first run's name serves,
+    without its seed.
     """
     first = {_identity(run): run for run in reversed(runs)}
     telling = [n for n in differ if n != "model.rule" and not n.endswith(("fingerprint", "source"))]
@@ -135,7 +137,10 @@ def _entry_names(runs: Sequence[Mapping[str, Any]], differ: Sequence[str]) -> di
         brackets = f"[{','.join(values)}]" if values else ""
         names[identity] = f"{run['rule']}{brackets}"
     if len(telling) > SHOWN_IN_A_NAME or len(set(names.values())) < len(names):
-        names = {identity: run["name"] for identity, run in first.items()}
+        names = {key: run["name"] for key, run in first.items()}
+        shorter = {key: re.sub(r"[-_/ ]*seed[-_ ]?\d+$", "", name) for key, name in names.items()}
+        if all(shorter.values()) and len(set(shorter.values())) == len(names):
+            names = shorter
     return {identity: names[identity] for identity in dict.fromkeys(map(_identity, runs))}
 
 
@@ -160,10 +165,7 @@ def _entry(name: str, runs: Sequence[Mapping[str, Any]], differ: Sequence[str]) 
 def _warnings(runs: Sequence[Mapping[str, Any]], silent: Sequence[str]) -> list[str]:
     """What a reader must know before comparing the curves."""
     said = []
-    sets: dict[str, list[str]] = {}
-    for run in runs:
-        fingerprint = (run["settings"].get("validation") or {}).get("fingerprint")
-        sets.setdefault(str(fingerprint), []).append(run["name"])
+    sets = _validation_sets(runs)
     if len(sets) > 1:
         groups = "; ".join(listed(names) for names in sets.values())
         said.append(
@@ -179,6 +181,15 @@ def _warnings(runs: Sequence[Mapping[str, Any]], silent: Sequence[str]) -> list[
     if silent:
         said.append(f"Left out, because nothing is logged yet: {listed(silent)}.")
     return said
+
+
+def _validation_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of the runs that are validated on each set."""
+    sets: dict[str, list[str]] = {}
+    for run in runs:
+        fingerprint = (run["settings"].get("validation") or {}).get("fingerprint")
+        sets.setdefault(str(fingerprint), []).append(run["name"])
+    return sets
 
 
 def _hardware(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +210,8 @@ def sentence(results: Mapping[str, Any]) -> str:
     text = f"{len(runs)} runs, {finished} finished"
     if not losses:
         return f"{text}; no validation yet."
+    if len(_validation_sets(runs)) > 1:
+        return f"{text}; validated on different sets."
     low, high = (fixed(value, 4) for value in (min(losses), max(losses)))
     return f"{text}; last validation losses from {low} to {high} nats/token."
 

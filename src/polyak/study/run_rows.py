@@ -107,7 +107,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         "seconds": last.get("seconds"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_memory_bytes": ends.get("peak_memory_bytes") or max(peaks, default=None),
-        "scalars": (checks or train or [{}])[-1].get("scalars"),
+        "scalars": _last_scalars(checks) or _last_scalars(train),
         "events": [
             {key: value for key, value in row.items() if key not in ("tokens", "flops")}
             for row in rows
@@ -163,6 +163,14 @@ def _leaves(value: Any) -> list[float]:
     if isinstance(value, list | tuple):
         return [leaf for inner in value for leaf in _leaves(inner)]
     return [] if value is None else [value]
+
+
+def _last_scalars(rows: Sequence[Row]) -> Any:
+    """The learned scalars last logged, the rows left out in which one was not finite."""
+    for row in reversed(rows):
+        if not any(name.startswith("scalars.") for name in row.get("nonfinite", ())):
+            return row.get("scalars")
+    return None
 
 
 def _parameters(model: Mapping[str, Any]) -> int | None:

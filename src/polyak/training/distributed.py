@@ -86,9 +86,9 @@ class _Copied(Wrapped):
 class _Sharded(Wrapped):
     """FSDP2: one group of weights for each block, one for what is around them.
 
-    The rules' scalars stay whole on every process, in float32, and their gradients are summed at
-    the end: FSDP2 does not shard tensors of shape (), and a sharded scalar could not be read
-    without the other processes.
+    Scalars, norms and biases stay whole on every process, in float32, and their gradients are
+    summed at the end: they are next to nothing beside the matrices, FSDP2 does not shard tensors
+    of shape (), and norms of float32 activations want float32 weights.
     """
 
     def __init__(self, module: LossModule, world: World, bfloat16: bool) -> None:
@@ -96,11 +96,11 @@ class _Sharded(Wrapped):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(world.device.type, (world.size,))
-        scalars = [p for p in module.parameters() if p.numel() == 1]
+        small = [p for p in module.parameters() if p.ndim < 2]
         with torch.no_grad():
-            for scalar in scalars:  # as DDP does: equal at the start, whatever happened before
-                dist.broadcast(scalar, src=0)
-        shared: dict[str, Any] = {"mesh": mesh, "ignored_params": set(scalars)}
+            for parameter in module.parameters():  # as DDP does
+                dist.broadcast(parameter, src=0)
+        shared: dict[str, Any] = {"mesh": mesh, "ignored_params": set(small)}
         # x and the streams stay as they are between blocks: only weights are rounded
         half = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -119,7 +119,7 @@ class _Sharded(Wrapped):
         if module.model.rule.__module__.startswith("polyak."):
             # said of a stream that a block passes on; our rules change nothing in place
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module.*returned a view")
-        self.scalars = [scalar for scalar in scalars if scalar.requires_grad]
+        self.small = [parameter for parameter in small if parameter.requires_grad]
         super().__init__(module)
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _Sharded(Wrapped):
         self.root.set_requires_gradient_sync(last)
         yield
         if last:
-            gradients = [s.grad for s in self.scalars if s.grad is not None]
+            gradients = [p.grad for p in self.small if p.grad is not None]
             if gradients:
                 flat = torch.cat([gradient.flatten() for gradient in gradients])
                 dist.all_reduce(flat)
@@ -149,11 +149,12 @@ def wrap(module: LossModule, strategy: str, world: World, *, bfloat16: bool = Fa
     With one process there is nothing to share, and every strategy is `none`.
 
     Args:
-        module: the same weights on every process; the first process's count.
+        module: its weights are set to the first process's.
         strategy: `none`, `ddp`, `fsdp`, or `auto`: ddp with several processes.
         world: the processes.
-        bfloat16: `fsdp` gathers the blocks' weights in bfloat16, half the traffic. For training
-            under bfloat16 autocast, which rounds matrices anyway; norms of blocks are rounded too.
+        bfloat16: `fsdp` gathers the blocks' matrices in bfloat16, half the traffic. Calls must
+            then be under bfloat16 autocast, which rounds them anyway. Gradients are summed in
+            float32.
 
     Raises:
         ConfigError: `none` with several processes, which would train several models.

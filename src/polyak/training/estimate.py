@@ -106,7 +106,7 @@ def estimate(
     held = memory(
         config,
         processes=size,
-        bfloat16=recipe.precision == "bfloat16" or (recipe.precision == "auto" and cuda),
+        cuda=cuda,
         buckets=size > 1 and config.parallel != "fsdp",
     )
     if size > 1 and config.parallel == "fsdp":

@@ -10,6 +10,7 @@ and fragmentation, and what `torch.compile` changes.
 from __future__ import annotations
 
 import importlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,10 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from polyak.errors import RuleError
 from polyak.nn.transformer import Transformer
 from polyak.ops import inverse_sqrt
 from polyak.training.loss import LossModule
@@ -68,26 +75,43 @@ class Memory:
 
 
 def memory(
-    config: RunConfig, *, processes: int = 1, bfloat16: bool = False, buckets: bool = False
+    config: RunConfig, *, processes: int = 1, cuda: bool = False, buckets: bool = False
 ) -> Memory:
     """What training `config` holds in one of its processes, which has the whole model.
 
     Args:
         config: the run; its rule's step is carried out on tensors without data.
         processes: that share the global batch.
-        bfloat16: under autocast, by the CPU's list of operations, which is close to CUDA's.
+        cuda: on CUDA, where `precision="auto"` is bfloat16. Autocast is counted by the CPU's list
+            of operations, which is close to CUDA's.
         buckets: gradients are exchanged by DDP, through a copy of their own.
 
     Raises:
-        RuleError, ConfigError: the model or its optimizers cannot be built.
+        RuleError: a user's rule asks for values, which tensors without data do not have.
+        PolyakError: the model or its optimizers cannot be built.
     """
+    try:
+        return _memory(config, processes, cuda, buckets)
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    ) as error:
+        raise RuleError(
+            f"rule {config.model.rule}: its step needs the values of tensors ({error}), so its "
+            "memory cannot be estimated without training"
+        ) from error
+
+
+def _memory(config: RunConfig, processes: int, cuda: bool, buckets: bool) -> Memory:
     recipe, length = config.training, config.model.context_length
+    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and cuda)
     share = recipe.batch_size // processes
     rows = recipe.micro_batch_size or share
     with torch.device("meta"):  # not in the fake mode: building a model reads a drawn seed
         model = Transformer(config.model)
     live = _Live()
-    with _as_with_data(), FakeTensorMode(allow_non_fake_inputs=True), live:
+    with _as_with_data(cuda), FakeTensorMode(allow_non_fake_inputs=True), live:
         model.to_empty(device="cpu")
         if config.model.tie_embeddings:  # every module has got storage of its own
             model.head.weight = model.embedding.tokens.weight
@@ -194,26 +218,44 @@ def _autocast(bfloat16: bool) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _as_with_data() -> Iterator[None]:
+def _as_with_data(cuda: bool) -> Iterator[None]:
     """Take fake tensors through the forms that tensors with data take, for this module's use.
 
     The loss over the vocabulary has a plain form for tensor subclasses, which fake tensors are to
-    Python. The inverse square root works in thousands of slices small enough for a cache: nothing
-    to the peak, but minutes to go through one by one; here it makes its results only.
+    Python; it and the inverse square root go through up to thousands of slices, all alike, which
+    would take minutes. Here they make their work space and results, and few slices or none.
     """
 
+    def slices(m: Tensor, r: Tensor, steps: int, matrices: int) -> list[Tensor]:
+        limit = inverse_sqrt._CHUNK_BYTES_OTHER // (r.shape[-1] ** 2 * r.element_size())
+        part = slice(max(1, limit) if cuda else inverse_sqrt._chunk_tokens(r))
+        work = [torch.empty_like(r[part]) for _ in range(matrices)]
+        return work + [torch.empty_like(m[part]) for _ in range(steps)]
+
     def value(m: Tensor, r: Tensor, steps: int) -> Tensor:
-        return torch.empty_like(m)
+        work = slices(m, r, steps, 4)
+        result = torch.empty_like(m)
+        del work
+        return result
 
     def vjp(m: Tensor, r: Tensor, grad: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(m), torch.empty_like(r)
+        work = slices(m, r, steps, steps + 4)
+        result = torch.empty_like(m), torch.empty_like(r)
+        del work
+        return result
 
     def ordinary(*tensors: Tensor) -> bool:
         return True
 
-    kept = inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary
-    inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary = value, vjp, ordinary
+    def first_chunks(tokens: int, largest: int) -> Iterator[slice]:
+        yield from itertools.islice(all_chunks(tokens, largest), 2)
+
+    kept = inverse_sqrt._value, inverse_sqrt._vjp
+    all_chunks, kept_ordinary = _vocabulary._chunks, _vocabulary._ordinary
+    inverse_sqrt._value, inverse_sqrt._vjp = value, vjp
+    _vocabulary._chunks, _vocabulary._ordinary = first_chunks, ordinary
     try:
         yield
     finally:
-        inverse_sqrt._value, inverse_sqrt._vjp, _vocabulary._ordinary = kept
+        inverse_sqrt._value, inverse_sqrt._vjp = kept
+        _vocabulary._chunks, _vocabulary._ordinary = all_chunks, kept_ordinary

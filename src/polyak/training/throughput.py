@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-REPEATS = 7
-LONGEST = 0.04
-"""Seconds that one timed product may take: the whole measurement stays below half a second."""
-SMALLEST = 128
+WARM_UP, REPEATS = 3, 7
+LONGEST = 0.01
+"""Seconds that one timed product may take, unless it is the smallest: less than a time slice."""
+SMALLEST = 512
 LARGEST = {"cpu": 1024, "cuda": 8192}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square matrix products: the rate that training is given as a fraction of.
 
-    The median of 7 products of n×n matrices of uniform numbers, at 2n³ FLOPs each, after two
-    that are not counted. n is the largest power of two for which a product takes at most 40 ms,
-    between 128 and 1024 on CPU or 8192 on CUDA, so the measurement takes under half a second
-    on all but the slowest processors. It is made once per process for each device, dtype and
-    number of threads, and leaves the random state alone.
+    The median of 7 products of n×n matrices of uniform numbers, at 2n³ FLOPs each, after three
+    that are not counted. n is the largest power of two for which a product takes at most 10 ms,
+    but at least 512, and at most 1024 on CPU or 8192 on CUDA: a fifth of a second on all but
+    the slowest processors. It is made once per process for each device, dtype and number of
+    threads, and leaves the random state alone.
 
     It is what this process reaches at that moment with torch's own settings
     (`torch.set_float32_matmul_precision`, threads), not the vendor's figure: work beside it
@@ -46,9 +46,9 @@ def _measured(kind: str, index: int | None, dtype: torch.dtype, threads: int) ->
     largest, n = LARGEST.get(kind, LARGEST["cpu"]), SMALLEST
     while True:
         a, b, out = _matrices(n, device, dtype)
-        _seconds(a, b, out)  # kernels are loaded and clocks rise
-        once = _seconds(a, b, out)
-        if n >= largest or 8 * once > LONGEST:
+        # the first loads kernels; of the others, the best is least disturbed by work beside it
+        best = min(_seconds(a, b, out) for _ in range(WARM_UP))
+        if n >= largest or 8 * best > LONGEST:
             break
         n *= 2
     return 2 * n**3 / statistics.median(_seconds(a, b, out) for _ in range(REPEATS))

@@ -9,10 +9,15 @@ wandb        the run's folder `wandb/`; where nobody is logged in, offline (`wan
              later); WANDB_MODE and WANDB_PROJECT count as always
 trackio      its local database; TRACKIO_DIR and TRACKIO_SPACE_ID count as always
 
-A run that goes on from a checkpoint repeats the steps after it. TensorBoard is told to forget
-what it had of them and gets them anew. The others cannot forget: they keep what they had, under
-the same run, and get rows from where the log had got before; the repeated ones are left out. A
-killed process may leave a tracker without the last rows it was sent.
+A run that goes on from a checkpoint repeats the steps after it, and is the same run to each:
+
+tensorboard  is told to forget what it had of them, and gets them anew
+wandb        gets them anew; a server leaves out steps it has. Offline, each process leaves a
+             folder of its own (`wandb sync` puts them together by the run's id), in which a
+             repeated step stands again, with the same values on CPU. A killed process's folder
+             may lack the last rows, which is why they are sent again
+trackio      would show both, so it gets rows from where the log had got before; what a killed
+             process logged in its last second may be missing there
 
 A tracker that fails while a run goes on is left out from there on, with one line on standard
 error. One that fails at the start of a new run stops it, as a wrong name does; at the start of a
@@ -21,25 +26,18 @@ resumed run it is left out like in the middle.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.util
-import io
-import json
 import logging
-import math
-import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from polyak.errors import MissingExtraError, RunError, unknown
 from polyak.files import read_json, write_json
 from polyak.training.metrics import logged_until
+from polyak.training.tracker_kinds import Run, TensorBoard, Trackio, Wandb
 
-PROJECT = "polyak"
 _logger = logging.getLogger(__name__)
 
 
@@ -56,130 +54,11 @@ class Tracker(Protocol):
         """The process ends its part of the run; `ok` is False when an error ends it."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """Which run a tracker follows.
-
-    Attributes:
-        folder: the run's.
-        name: shown by the tracker.
-        id: the same each time the run goes on, another for a run that begins anew.
-        last: last step in the log; further rows are of later steps.
-        sent: last step the log ever held, before the run went back to a checkpoint.
-    """
-
-    folder: Path
-    name: str
-    id: str
-    last: int
-    sent: int
-
-
-class TensorBoard:
-    """Event files in `tensorboard/`, written by `torch.utils.tensorboard`."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """Open a new event file, which hides what older ones hold of later steps."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        folder = self.run.folder / "tensorboard"
-        again = folder.exists()
-        self._writer = SummaryWriter(folder, purge_step=self.run.last + 1 if again else None)
-        text = json.dumps(settings, indent=2, default=str)
-        self._writer.add_text("settings", f"```json\n{text}\n```", self.run.last)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Add a row's numbers and flush them."""
-        for name, value in numbers(row).items():
-            self._writer.add_scalar(name, value, row["step"])
-        self._writer.flush()
-
-    def finish(self, ok: bool) -> None:
-        """Close the event file."""
-        self._writer.close()
-
-
-class Wandb:
-    """A run of Weights & Biases; offline where nobody is logged in."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with it under its id."""
-        wandb: Any = importlib.import_module("wandb")
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None:  # asks nobody and no server
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=self.run.name,
-            id=self.run.id,
-            resume="allow",
-            dir=str(self.run.folder),
-            mode=mode,
-            config=dict(settings),
-            settings=wandb.Settings(
-                console="off", silent=True, save_code=False, disable_git=True, disable_code=True
-            ),
-        )
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Send a row's numbers, unless their step was sent before."""
-        if row["step"] > self.run.sent and (values := numbers(row)):
-            self._run.log(values, step=row["step"])
-
-    def finish(self, ok: bool) -> None:
-        """End the run; it shows as failed unless `ok`."""
-        self._run.finish(exit_code=0 if ok else 1)
-
-
-class Trackio:
-    """A run of trackio, in its local database unless TRACKIO_SPACE_ID says otherwise."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with it: runs of one name are one run to trackio."""
-        self._trackio: Any = importlib.import_module("trackio")
-        with _no_output():
-            self._trackio.init(
-                project=PROJECT,
-                name=f"{self.run.name}-{self.run.id}",
-                config=dict(settings),
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Send a row's numbers, unless their step was sent before."""
-        if row["step"] > self.run.sent and (values := numbers(row)):
-            self._trackio.log(values, step=row["step"])
-
-    def finish(self, ok: bool) -> None:
-        """Wait until everything is written."""
-        with _no_output():
-            self._trackio.finish()
-
-
 KNOWN: dict[str, Callable[[Run], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "trackio": Trackio,
 }
-
-
-@contextlib.contextmanager
-def _no_output() -> Iterator[None]:
-    """Keep what a library prints about itself out of the training's output."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 class Trackers:
@@ -299,35 +178,3 @@ def _id(folder: Path, *, new: bool) -> str:
     identity = secrets.token_hex(4)
     write_json(path, {"id": identity})
     return identity
-
-
-SENT = ("train", "validation", "spike", "skipped")
-
-
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a row under the names trackers show; {} for other kinds of rows.
-
-    Scalars are taken from `train` rows only, where they stand more often.
-    """
-    kind = row["kind"]
-    if kind not in SENT:
-        return {}
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        if key == "scalars":
-            if kind == "train":
-                _flatten(value, "scalars", found)
-        elif key not in ("kind", "step", "nonfinite"):
-            _flatten(value, f"{kind}/{key}", found)
-    return found
-
-
-def _flatten(value: Any, name: str, found: dict[str, float]) -> None:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _flatten(inner, f"{name}/{key}", found)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            _flatten(inner, f"{name}/{place}", found)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        found[name] = value

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others. One that dies ends the job at once, through torchrun;
-this is for a network that stalls, and long enough for the first process to prepare a corpus."""
+this is for a network that stalls."""
 _PATIENCE = 3.0
 """Seconds in which the first process may report an error before another one reports its own."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -55,6 +55,7 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _store: Store | None = None
+    _turns: list[int] = field(default_factory=list)
     _exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @classmethod
@@ -141,6 +142,20 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.sum(0.0)  # an empty sum would wait for nobody
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first process runs the body, then all others do; it may take hours.
+
+        For what the first writes and the others then find, as a prepared corpus.
+        """
+        self._turns.append(len(self._turns))
+        key = f"turn-{self._turns[-1]}"
+        while not self.main and self._store is not None and not self._store.check([key]):
+            time.sleep(0.1)
+        yield
+        if self.main and self._store is not None:
+            self._store.set(key, "")
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, which must be JSON; others' is ignored."""
