@@ -21,7 +21,14 @@ from polyak.files import sha256_of
 from polyak.training.loop import CHANGEABLE, train
 from polyak.training.run_config import RunConfig
 
-TIMES = ("seconds", "tokens_per_second", "flops_per_second", "peak_fraction", "memory_bytes")
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "flops_per_second",
+    "peak_fraction",
+    "memory_bytes",
+    "peak_memory_bytes",
+)
 
 
 class KilledError(BaseException):

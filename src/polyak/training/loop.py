@@ -28,8 +28,8 @@ from polyak.training.run_config import RunConfig
 from polyak.training.runs import RunFolder, peak_memory_bytes, save_model
 from polyak.training.sam import uses_sam
 from polyak.training.signals import StopSignals
-from polyak.training.throughput import matmul_peak
-from polyak.training.trackers import open_trackers
+from polyak.training.throughput import matmul_peak, memory_bytes
+from polyak.training.trackers import check_trackers, open_trackers
 from polyak.training.trainer import Trainer, device_of, validation_set
 
 Progress = Callable[[dict[str, Any]], None]
@@ -72,7 +72,11 @@ def run_settings(
         "training": config.training.to_dict(),
         "corpus": {"name": data.manifest["corpus"]["name"], "fingerprint": data.fingerprint},
         "tokenizer": {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint},
-        "validation": {"fingerprint": validation.fingerprint, "tokens": validation.tokens},
+        "validation": {
+            "fingerprint": validation.fingerprint,
+            "tokens": validation.tokens,
+            "bytes": validation.bytes,
+        },
         "device": device.type,
         "rule_source": hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
     }
@@ -117,6 +121,7 @@ def train(
     with ExitStack() as stack:
         world = stack.enter_context(World.start(config.device))
         run = RunFolder(folder)
+        check_trackers(config.trackers)
         if resume and not run.settings_file.exists():
             raise RunError(f"{folder} is not a run: run.json is missing; leave out --resume")
         if resume is False and run.settings_file.exists():
@@ -324,7 +329,8 @@ class _Session:
             tokens_per_second=speed,
             flops_per_second=flops,
             peak_fraction=flops / self.peak,
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=memory_bytes(self.trainer.device),
+            peak_memory_bytes=peak_memory_bytes(),
             rates=self.trainer.optimizers.rates(),
             scalars=self.trainer.model.scalars(),
         )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.errors import RunError
 from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
+from polyak.training.metrics import rows_of
 
 if TYPE_CHECKING:
     from polyak.data.tokenizers import Tokenizer
@@ -158,18 +159,8 @@ class RunFolder:
             content = self.metrics_file.read_bytes()
         except FileNotFoundError:
             return []
-        *lines, _ = content.split(b"\n")  # what follows the last line break is no whole line
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if kind is None or row["kind"] == kind:
-                    rows.append(row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{self.metrics_file}, line {number}: not a row of metrics; remove that folder"
-                ) from error
-        return rows
+        rows = (row for _, row in rows_of(content, self.metrics_file))
+        return [row for row in rows if kind in (None, row["kind"])]
 
 
 def _anywhere(config: RunConfig) -> dict[str, Any]:
