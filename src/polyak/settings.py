@@ -149,3 +149,15 @@ def parse_free(text: str) -> Any:
         except ValueError:
             continue
     return tuple(text.split("+")) if "+" in text else text
+
+
+def check_keys(kind: type, values: Iterable[str], what: str) -> None:
+    """See that every key is a field of a configuration dataclass.
+
+    Raises:
+        UnknownNameError: one is not; the nearest is offered.
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in fields:
+            raise unknown(what, key, fields)

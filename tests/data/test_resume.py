@@ -40,6 +40,9 @@ prepare(
 """
 
 
+slow = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with JSONL, Parquet and text, 250 kB."""
@@ -125,7 +128,7 @@ def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path) -
     assert len({json.dumps(contents) for contents in found.values()}) == 1
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
+@pytest.mark.parametrize("tokenizer", [pytest.param("bytes", marks=slow), "bpe-300"])
 def test_killed_four_times_it_goes_on_and_the_result_is_the_same(
     corpus: Path, tmp_path: Path, tokenizer: str
 ) -> None:
@@ -140,7 +143,14 @@ def test_killed_four_times_it_goes_on_and_the_result_is_the_same(
     open_prepared(folders[1])
 
 
-@pytest.mark.parametrize("name", ["tinystories", "wikitext-103", "openwebtext"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tinystories", marks=slow),
+        "wikitext-103",
+        pytest.param("openwebtext", marks=slow),
+    ],
+)
 def test_streams_of_the_hub_go_on_after_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

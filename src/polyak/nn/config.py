@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from polyak.errors import ConfigError, unknown
+from polyak.settings import check_keys
 
 Splitting = Literal["lie_trotter", "simultaneous"]
 Activation = Literal["gelu"]
@@ -112,8 +113,5 @@ class ModelConfig:
         Raises:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                raise unknown("model setting", key, fields)
+        check_keys(cls, values, "model setting")
         return cls(**values)

@@ -111,14 +111,26 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; one warning for each newer one that is not.
 
+        The first process looks and hashes; the others are told what it found.
+
         Raises:
             RunError: the folder cannot be read.
         """
+        found = self._newest_whole() if self.world.main else None
+        name = self.world.broadcast(found.name if found is not None else None)
+        if name is None:
+            return None
+        path = self.folder / name
+        return Checkpoint(path, _step_of(path), read_json(path / "state.json"))
+
+    def _newest_whole(self) -> Path | None:
         for path in reversed(self._folders()):
             try:
-                return _opened(path)
+                _check(path)
             except RunError as problem:
-                warnings.warn(f"{problem}; trying the one before", stacklevel=2)
+                warnings.warn(f"{problem}; trying the one before", stacklevel=3)
+            else:
+                return path
         return None
 
     def last_path(self) -> Path | None:
@@ -217,8 +229,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _opened(path: Path) -> Checkpoint:
-    """The checkpoint at `path` once every file was found to have its hash."""
+def _check(path: Path) -> None:
+    """Raise RunError unless every file of the checkpoint has its hash."""
     manifest = _manifest(path)
     for file, entry in manifest["files"].items():
         try:
@@ -234,7 +246,6 @@ def _opened(path: Path) -> Checkpoint:
             raise RunError(
                 f"checkpoint {path} is damaged: cannot read {file}: {reason(problem)}"
             ) from problem
-    return Checkpoint(path, manifest["step"], read_json(path / "state.json"))
 
 
 Every = Callable[[int, float], bool]

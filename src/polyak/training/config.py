@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from polyak.errors import ConfigError, unknown
+from polyak.settings import check_keys
 
 Optimizer = Literal["muon", "adamw"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -170,8 +171,5 @@ class TrainingConfig:
         Raises:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                raise unknown("training setting", key, fields)
+        check_keys(cls, values, "training setting")
         return cls(**values)

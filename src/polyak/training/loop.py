@@ -30,7 +30,7 @@ from polyak.training.sam import uses_sam
 from polyak.training.signals import StopSignals
 from polyak.training.throughput import matmul_peak, memory_bytes
 from polyak.training.trackers import check_trackers, open_trackers
-from polyak.training.trainer import Trainer, device_of, validation_set
+from polyak.training.trainer import Trainer, device_of, in_bfloat16, validation_set
 
 Progress = Callable[[dict[str, Any]], None]
 LOG_EVERY = 10
@@ -130,7 +130,8 @@ def train(
             make_folder(folder)
             stack.enter_context(locked(folder, "polyak run"))
         world.barrier()
-        data = _prepared(config, world)
+        with world.main_first():  # prepares the corpus; the others find it made
+            data = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
         validation = validation_set(config, data)
         settings = run_settings(config, data, validation)
         changes = run.check(settings, CHANGEABLE if resume else ())
@@ -146,16 +147,6 @@ def train(
 
 def _prolonged(changes: dict[str, Any]) -> bool:
     return "training.steps" in changes
-
-
-def _prepared(config: RunConfig, world: World) -> Prepared:
-    """The corpus; with several processes the first prepares it and the others find it made."""
-    if not world.main:
-        world.barrier()
-    data = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
-    if world.main:
-        world.barrier()
-    return data
 
 
 class _Session:
@@ -180,7 +171,9 @@ class _Session:
         )
         self.at = Counters()
         self.spikes = SpikeDetector()
-        self.peak = matmul_peak(self.trainer.device, self._matmul_dtype()) * world.size
+        bfloat16 = in_bfloat16(self.trainer.device, self.recipe)
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.peak = matmul_peak(self.trainer.device, dtype) * world.size
         flops = cost(config.model).training_flops_per_token
         self.flops_per_step = flops * self.trainer.tokens_per_step * self._passes()
 
@@ -393,12 +386,6 @@ class _Session:
         like = optimizers.named_state(model, template=True) if self.at.updated else {}
         optimizers.load_named_state(model, found.load("optimizer", like, self.world))
         self.spikes = SpikeDetector(self.at.recent)
-
-    def _matmul_dtype(self) -> torch.dtype:
-        with_bfloat16 = self.recipe.precision == "bfloat16" or (
-            self.recipe.precision == "auto" and self.trainer.device.type == "cuda"
-        )
-        return torch.bfloat16 if with_bfloat16 else torch.float32
 
     def _passes(self) -> float:
         """Gradients per step: two with SAM, on average over the schedule."""

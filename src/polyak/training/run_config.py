@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from polyak.errors import unknown
 from polyak.nn.config import ModelConfig
+from polyak.settings import check_keys
 from polyak.training.config import TrainingConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -64,10 +65,7 @@ class RunConfig:
         Raises:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("run setting", key, known)
+        check_keys(cls, values, "run setting")
         return cls(
             **{
                 **values,

@@ -13,7 +13,6 @@ from polyak.training import recipes
 from polyak.training.run_config import Device, Parallel, RunConfig
 
 DEFAULT_RECIPE = "quick"
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,10 +131,12 @@ def _given(options: TrainOptions) -> recipes.Settings:
 
 
 def _trackers(text: str) -> tuple[str, ...]:
+    from polyak.training.trackers import KNOWN
+
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
-        if name not in TRACKERS:
-            raise unknown("tracker", name, TRACKERS)
+        if name not in KNOWN:
+            raise unknown("tracker", name, KNOWN)
     return names
 
 

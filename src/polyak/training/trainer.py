@@ -46,10 +46,15 @@ def precision(
     device: torch.device, recipe: TrainingConfig | None = None
 ) -> AbstractContextManager[Any]:
     """bfloat16 autocast, by default on CUDA only; else float32 as it is."""
-    kind = "auto" if recipe is None else recipe.precision
-    if kind == "bfloat16" or (kind == "auto" and device.type == "cuda"):
+    if in_bfloat16(device, recipe):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def in_bfloat16(device: torch.device, recipe: TrainingConfig | None = None) -> bool:
+    """Whether a recipe (the default one when left out) trains in bfloat16 on a device."""
+    kind = "auto" if recipe is None else recipe.precision
+    return kind == "bfloat16" or (kind == "auto" and device.type == "cuda")
 
 
 class Trainer:
@@ -78,7 +83,10 @@ class Trainer:
         if self.recipe.compile:
             compile_blocks(self.model)
         self._loss = wrap(
-            LossModule(self.model, self.recipe.vocabulary_loss), config.parallel, self.world
+            LossModule(self.model, self.recipe.vocabulary_loss),
+            config.parallel,
+            self.world,
+            bfloat16=in_bfloat16(self.device, self.recipe),
         )
         self.optimizers = Optimizers(self.model, self.recipe)
         self.parameters = [p for group in parameter_groups(self.model).values() for p in group]
@@ -132,11 +140,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         parts = torch.split(batch, self.recipe.micro_batch_size or len(batch))
         for place, part in enumerate(parts, 1):
-            with (
-                self._loss.synchronised(place == len(parts)),
-                precision(self.device, self.recipe),
-            ):
-                loss = self._loss(part) / self.tokens_per_step
+            with self._loss.synchronised(place == len(parts)):
+                with precision(self.device, self.recipe):
+                    loss = self._loss(part) / self.tokens_per_step
                 self._loss.backward(loss)
             total += loss.detach()
         return self.world.sum(float(total))
