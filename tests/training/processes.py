@@ -26,7 +26,6 @@ from polyak.rules import (
     Stream,
     UpdateRule,
     positive,
-    register,
     state_norm,
     unit_interval,
 )
@@ -44,10 +43,11 @@ from polyak.training.optimizers import Optimizers, parameter_groups
 from polyak.training.sam import perturbed, uses_sam
 
 BATCH, LENGTH, VOCABULARY = 12, 16, 61
+UNUSED_PARTS = f"{Path(__file__).resolve()}:UnusedParts"
+"""How a configuration names the rule below, which no registry knows."""
 
 
-@register("late")
-class Late(UpdateRule):
+class UnusedParts(UpdateRule):
     """x ← x + v + O(x); v ← LN(βv + γO(x)): the last v, its norm and scalars have no use."""
 
     streams = (Stream("v", start="embedding"),)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import BATCH, Case, Training, request, results, run, torchrun
+from processes import BATCH, UNUSED_PARTS, Case, Training, request, results, run, torchrun
 
 from polyak import Transformer
 from polyak.errors import ConfigError, RunError
@@ -60,7 +60,7 @@ def test_two_processes_equal_one_for_more_rules_and_optimizers(tmp_path: Path) -
         Case(rule, strategy, **fields)  # type: ignore[arg-type]
         for strategy in ("ddp", "fsdp")
         for rule, fields in (
-            *((rule, {}) for rule in (*RULES, "adamw", "muon", "late")),
+            *((rule, {}) for rule in (*RULES, "adamw", "muon", UNUSED_PARTS)),
             ("triple_momentum", {"optimizer": "adamw"}),
             ("triple_momentum", {"sam": "always"}),
         )

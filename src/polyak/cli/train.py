@@ -53,8 +53,9 @@ def _train(config: RunConfig, options: TrainOptions, console: Console) -> None:
     from polyak.training.estimate import Processes, check_plan
 
     processes = Processes.from_environment()
-    check_plan(config, processes)
     main = os.environ.get("RANK", "0") == "0"
+    if main:  # its error ends the job, and is told once
+        check_plan(config, processes)
     if main and not options.resume:
         _check_memory(config, processes)
     from polyak.training.loop import train
