@@ -40,11 +40,12 @@ class CompareConfig:
     """What is equal for all: `tokens`, training `flops`, `seconds` (by speeds measured first), or
     `params` (equal tokens, the baseline widened to the largest entry's parameter count)."""
     corpus: str = "stdlib"
-    """`stdlib`, `prose`, or a path to text files, a folder, JSONL or Parquet."""
+    """`stdlib`, `prose`, `tinystories` or another name (see `polyak prepare --help`), or a path to
+    text files, a folder, JSONL or Parquet."""
     text_field: str = "text"
     """Field that holds the text in JSONL and Parquet."""
     tokenizer: str = "bytes"
-    """`bytes`, or `bpe-N`: trained on the corpus, N tokens."""
+    """`bytes`, `bpe-N` (trained on the corpus, N tokens), `gpt2`, or a tokenizer's path."""
     out: Path = Path("runs/compare")
     """Folder for runs, results.json and report.html; started again, it goes on where it was."""
     quick: bool = False

@@ -27,11 +27,12 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     corpus: str = "stdlib"
-    """Corpus name, or path to text files, a folder, JSONL or Parquet."""
+    """A corpus by name, see `polyak prepare --help`, or a path to text files, a folder, JSONL or
+    Parquet."""
     text_field: str = "text"
     """Field that holds the text in JSONL and Parquet."""
     tokenizer: str = "bytes"
-    """`bytes`, or `bpe-N` trained on the corpus with N tokens."""
+    """`bytes`, `bpe-N` trained on the corpus with N tokens, `gpt2`, or the path of a tokenizer."""
     device: Device = "auto"
     """`cuda` trains under bfloat16 autocast, `cpu` in float32; `auto` takes CUDA if there is."""
     parallel: Parallel = "auto"
