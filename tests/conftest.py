@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# before numpy and torch are loaded: workers side by side would spin on each other's cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from typing import Any
 

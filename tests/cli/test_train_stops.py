@@ -168,6 +168,21 @@ def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     assert log(place / "run")[-1]["step"] == 60
 
 
+def test_a_run_goes_on_from_another_working_folder(place: Path, tmp_path: Path) -> None:
+    (place / "texts").mkdir()
+    (place / "corpus.txt").rename(place / "texts" / "corpus.txt")
+    given = ["texts" if word == "corpus.txt" else word for word in words("--out", "run", steps=4)]
+    done = polyak(*given, cwd=place, cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    more = ("train", "--resume", "--steps", 6, "--out")
+    done = polyak(*more, place / "run", cwd=tmp_path, cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    (place / "texts").rename(place / "moved")
+    done = polyak(*more[:2], "--out", place / "run", cwd=tmp_path, cache=place / "cache")
+    assert done.returncode == 1
+    assert f"the corpus of the run, {place / 'texts'}, is no longer there" in done.stderr
+
+
 def test_a_second_run_in_the_same_folder_is_refused(place: Path) -> None:
     process = start(place, *words("--out", "run", "--rule", "twin.py:Twin"), TWIN_SECONDS="0.1")
     try:

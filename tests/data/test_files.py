@@ -54,6 +54,8 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
+            while not target.exists():
+                time.sleep(0.01)
             time.sleep(0.15 + 0.037 * attempt)
             process.send_signal(signal.SIGKILL)
         value = read_json(target)

@@ -178,6 +178,56 @@ def test_an_end_before_the_checkpoint_is_refused(corpus: Path, tmp_path: Path) -
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+def test_an_end_moved_onto_a_checkpoint_is_validated_and_logged_there(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = run_config(corpus, steps=9, checkpoint_every=5, eval_every=20)
+    killed_at(config, tmp_path, 7)
+    result = train(
+        replace(config, training=replace(config.training, steps=5)), tmp_path, resume=True
+    )
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    [check] = [row for row in found if row["kind"] == "validation"]
+    assert (check["step"], check["loss"]) == (5, result["loss"])
+    assert [row["step"] for row in found if row["kind"] == "train"] == [5]
+
+
+def test_a_kill_while_a_finished_run_is_prolonged_does_not_end_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = run_config(corpus, steps=4)
+    train(config, tmp_path, last_checkpoint=True)
+    longer = replace(config, training=replace(config.training, steps=8))
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    recorded["settings"]["training"]["steps"] = recorded["config"]["training"]["steps"] = 8
+    (tmp_path / "run.json").write_text(json.dumps(recorded))  # killed before anything else
+    assert train(longer, tmp_path, resume=True)["steps"] == 8
+
+
+def test_the_end_may_move_before_the_first_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    config = run_config(corpus, steps=6)
+    killed_at(config, tmp_path, 2)
+    longer = replace(config, training=replace(config.training, steps=7))
+    assert train(longer, tmp_path, resume=True)["steps"] == 7
+
+
+def test_what_changes_nothing_in_a_finished_run_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = run_config(corpus, steps=2)
+    train(config, tmp_path)
+    other = replace(config, training=replace(config.training, eval_every=1))
+    with pytest.raises(RunError, match=r"finished, so training\.eval_every changes nothing"):
+        train(other, tmp_path, resume=True)
+
+
+def test_flops_count_the_second_gradient_where_there_is_one(corpus: Path, tmp_path: Path) -> None:
+    fields = {"schedule": "wsd", "decay_start": 0.5, "sam": "decay", "warmup": 0.0}
+    train(run_config(corpus, steps=40, **fields), tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    flops = {row["step"]: row["flops"] for row in found if row["kind"] == "train"}
+    assert flops[20] == 2 * flops[10]
+    assert flops[30] - flops[20] == flops[40] - flops[30] == flops[20]
+
+
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
@@ -265,6 +315,39 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
         train(longer, tmp_path / "run", resume=True)
 
 
+def test_a_manifest_that_leaves_files_out_is_no_manifest(corpus: Path, tmp_path: Path) -> None:
+    config = run_config(corpus, steps=8, checkpoint_every=2)
+    killed_at(config, tmp_path, 5)
+    manifest = tmp_path / "checkpoints" / "step-000004" / "manifest.json"
+    manifest.write_text(json.dumps({"format": 1, "step": 4, "files": {}}))
+    with pytest.warns(UserWarning, match=r"step-000004/manifest\.json is not the manifest"):
+        train(config, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("change", [{"step": 3}, {"step": "4"}, {"recent": None}, {"new": 1}])
+def test_counters_that_do_not_fit_are_one_line(
+    corpus: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = run_config(corpus, steps=8, checkpoint_every=2)
+    killed_at(config, tmp_path, 5)
+    folder = tmp_path / "checkpoints" / "step-000004"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, **change}))
+    honest(folder, "state.json")
+    with pytest.raises(RunError, match=r"state\.json is not the state of this checkpoint"):
+        train(config, tmp_path, resume=True)
+
+
+def honest(folder: Path, file: str) -> None:
+    """Write a file's true size and hash into the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = {
+        "bytes": (folder / file).stat().st_size,
+        "sha256": sha256_of(folder / file),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_when_all_are_damaged_nothing_is_touched(corpus: Path, tmp_path: Path) -> None:
     config = run_config(corpus, steps=8, checkpoint_every=2)
     killed_at(config, tmp_path, 5)
@@ -308,12 +391,7 @@ def test_loading_never_runs_code(corpus: Path, tmp_path: Path, file: str, kind: 
         (folder / file).write_bytes(pickle.dumps(_Malicious(witness)))
     else:
         torch.save(_Malicious(witness), folder / file)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][file] = {  # the attacker writes an honest manifest
-        "bytes": (folder / file).stat().st_size,
-        "sha256": sha256_of(folder / file),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    honest(folder, file)  # the attacker writes an honest manifest
     with pytest.raises(RunError) as caught:
         train(config, run, resume=True)
     assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str], debug: bool) -> int:
     from polyak.errors import PolyakError, StoppedError
 
+    warnings.formatwarning = lambda message, *_, **__: f"polyak {command}: warning: {message}\n"
     try:
         module = importlib.import_module(f"polyak.cli.{command}")
         code: int = module.main(words)

@@ -30,6 +30,7 @@ from polyak.training.distributed import World
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
+_PARTS = ("model", "optimizer")
 _ASIDE, _REMOVED = ".writing-", ".removing-"
 
 
@@ -89,7 +90,9 @@ class Checkpoints:
         aside = self.folder / f"{_ASIDE}{final.name}"
         with self._explained(final):
             if self.world.main:
-                make_folder(self.folder)
+                if not self.folder.exists():
+                    make_folder(self.folder)
+                    sync_folder(self.folder.parent)
                 self._sweep()
                 aside.mkdir()
             self.world.barrier()
@@ -104,8 +107,9 @@ class Checkpoints:
                     self._put_away(final)
                 aside.rename(final)
                 sync_folder(self.folder)
-                self._prune()
             self.world.barrier()
+        if self.world.main:
+            self._prune()
         return final
 
     def newest(self) -> Checkpoint | None:
@@ -151,8 +155,14 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all but the newest `keep` whole checkpoints; a damaged one counts for nothing."""
         whole = [path for path in self._folders() if _complete(path)]
-        for path in whole[: -self.keep]:
-            self._put_away(path)
+        try:
+            for path in whole[: -self.keep]:
+                self._put_away(path)
+        except OSError as problem:
+            raise RunError(
+                f"cannot remove the old checkpoint {path}: {reason(problem)}; the newest, "
+                f"{whole[-1]}, is good"
+            ) from problem
 
     def _put_away(self, path: Path) -> None:
         """Remove a checkpoint; its name disappears at once, so no half of it is ever found."""
@@ -214,6 +224,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         well_formed = (
             manifest["format"] == FORMAT
             and manifest["step"] == _step_of(path)
+            and "state.json" in manifest["files"]
+            and all(any(f.startswith(part) for f in manifest["files"]) for part in _PARTS)
             and all(
                 Path(file).name == file
                 and isinstance(entry["bytes"], int)

@@ -103,6 +103,9 @@ class TrainingConfig:
         self._whole("keep_checkpoints", 2)
         for name in ("seed", "skip_nonfinite"):
             self._whole(name, 0)
+        for name, most in (("steps", 10**12), ("seed", 2**63 - 1)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at most {most}")
         for name in ("micro_batch_size", "eval_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)

@@ -16,7 +16,7 @@ from polyak.nn.cost import cost
 from polyak.training.memory import Memory, memory
 from polyak.training.recipes import tokenizer_size
 from polyak.training.run_config import RunConfig
-from polyak.training.schedules import in_decay
+from polyak.training.schedules import decay_begins
 
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -99,7 +99,7 @@ def estimate(
     sam = {
         "off": 0,
         "always": recipe.steps,
-        "decay": sum(in_decay(step, recipe) for step in range(recipe.steps)),
+        "decay": recipe.steps - decay_begins(recipe),
     }[recipe.sam]
     validations = math.ceil(recipe.steps / recipe.eval_interval)
     size = 1 if processes is None else processes.size

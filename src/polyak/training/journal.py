@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from polyak.files import sync_file
+from polyak.files import sync_file, sync_folder
 from polyak.training.metrics import MetricsLog
 from polyak.training.trackers import Tracker
 
@@ -36,6 +36,7 @@ class Journal:
         """Flush to the disk what was written, so that it survives a power cut too."""
         if self._path is not None:
             sync_file(self._path)
+            sync_folder(self._path.parent)
 
     def __enter__(self) -> Journal:
         return self

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import types
+import typing
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -51,13 +54,17 @@ class Counters:
 
     step: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     skipped: int = 0
     updated: bool = False
     window_tokens: int = 0
     window_seconds: float = 0.0
+    window_flops: float = 0.0
+    window_losses: int = 0
     window_loss: float = 0.0
     norm: float | None = None
     validation: float | None = None
+    validated: int = 0
     recent: list[float] = field(default_factory=list)
 
 
@@ -136,17 +143,18 @@ def train(
         settings = run_settings(config, data, validation)
         changes = run.check(settings, CHANGEABLE if resume else ())
         finished = run.result()
-        if finished is not None and not _prolonged(changes):
+        if finished is not None and finished["steps"] == config.training.steps:
+            if changes:
+                raise RunError(
+                    f"{folder} is finished, so {next(iter(changes))} changes nothing; only a "
+                    "larger training.steps goes on with it"
+                )
             return finished
         session = _Session(config, run, data, validation, world, progress)
         session.open(settings, changes)
         if signals:
             session.stop = stack.enter_context(StopSignals())
         return session.run(last_checkpoint)
-
-
-def _prolonged(changes: dict[str, Any]) -> bool:
-    return "training.steps" in changes
 
 
 class _Session:
@@ -175,7 +183,7 @@ class _Session:
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.peak = matmul_peak(self.trainer.device, dtype) * world.size
         flops = cost(config.model).training_flops_per_token
-        self.flops_per_step = flops * self.trainer.tokens_per_step * self._passes()
+        self.flops_per_gradient = flops * self.trainer.tokens_per_step
 
     def open(self, settings: dict[str, Any], changes: dict[str, Any]) -> None:
         """Take up the run in the folder, or begin it."""
@@ -195,6 +203,11 @@ class _Session:
             world.barrier()
             self._restore(found)
             if world.main:
+                if not run.metrics_file.exists():
+                    warnings.warn(
+                        f"{run.metrics_file} is missing; the log begins at step {self.at.step + 1}",
+                        stacklevel=2,
+                    )
                 keep_until(run.metrics_file, self.at.step)
                 run.go_on(settings, self.config, changes, self.at.step)
         world.barrier()
@@ -236,7 +249,7 @@ class _Session:
         if not self.world.main:
             return Journal(None)
         run = self.run_folder
-        settings = {**self.config.to_dict(), "flops_per_step": self.flops_per_step}
+        settings = {**self.config.to_dict(), "flops_per_gradient": self.flops_per_gradient}
         name = f"{self.config.model.rule}-seed{self.recipe.seed}"
         tracker = open_trackers(self.config.trackers, run.path, name, settings)
         return Journal(run.metrics_file, tracker)
@@ -262,6 +275,9 @@ class _Session:
                         f"stopped by {stopped or 'a signal to another process'} after step "
                         f"{at.step} of {recipe.steps}; go on with --resume from {path}"
                     )
+        if at.validated != at.step:  # the end was moved to a step that was saved already
+            self._log_window(log)
+            self._validate(log)
 
     def _one(self, log: Journal) -> None:
         """One optimizer step with its share of the log."""
@@ -270,17 +286,15 @@ class _Session:
         try:
             loss, norm = trainer.step(at.step)
         except DivergedError as error:
+            self._count(began)
             self._skip(log, error)
             return
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - began
+        self._count(began)
         at.updated = True
-        at.step += 1
-        at.seconds += elapsed  # validation, logging and saving are not counted
-        at.window_seconds += elapsed
-        at.window_tokens += trainer.tokens_per_step
-        at.window_loss += loss * trainer.tokens_per_step
+        at.window_loss += loss
+        at.window_losses += 1
         at.norm = norm
         usual = self.spikes.see(loss)
         if usual is not None:
@@ -288,6 +302,18 @@ class _Session:
         if at.step % LOG_EVERY == 0 or at.step == self.recipe.steps:
             self._log_window(log)
         self._tell(loss)
+
+    def _count(self, began: float) -> None:
+        """A step was taken, or at least tried: validation, logging and saving are not counted."""
+        at = self.at
+        elapsed = time.perf_counter() - began
+        flops = self.flops_per_gradient * (2 if uses_sam(at.step, self.recipe) else 1)
+        at.step += 1
+        at.seconds += elapsed
+        at.flops += flops
+        at.window_seconds += elapsed
+        at.window_flops += flops
+        at.window_tokens += self.trainer.tokens_per_step
 
     def _skip(self, log: Journal, error: DivergedError) -> None:
         """Leave out a step that was not finite, as often as the recipe allows."""
@@ -297,10 +323,9 @@ class _Session:
             raise DivergedError(
                 f"{error}{often}; last good checkpoint: {self.checkpoints.last_path() or 'none'}"
             ) from error
-        at.step += 1
         at.skipped += 1
         log.write("skipped", **self._place(), skipped=at.skipped, allowed=allowed, why=str(error))
-        if at.step == self.recipe.steps and at.window_tokens:
+        if at.step % LOG_EVERY == 0 or at.step == self.recipe.steps:
             self._log_window(log)
         self._tell(None)
 
@@ -310,16 +335,15 @@ class _Session:
 
     def _log_window(self, log: Journal) -> None:
         at = self.at
-        if not at.window_tokens:
+        if not at.window_losses:
             return  # every step of the window was skipped
-        speed = at.window_tokens / at.window_seconds
-        flops = self.flops_per_step * speed / self.trainer.tokens_per_step
+        flops = at.window_flops / at.window_seconds
         log.write(
             "train",
             **self._place(),
-            loss=at.window_loss / at.window_tokens,
+            loss=at.window_loss / at.window_losses,
             gradient_norm=at.norm,
-            tokens_per_second=speed,
+            tokens_per_second=at.window_tokens / at.window_seconds,
             flops_per_second=flops,
             peak_fraction=flops / self.peak,
             memory_bytes=memory_bytes(self.trainer.device),
@@ -327,7 +351,8 @@ class _Session:
             rates=self.trainer.optimizers.rates(),
             scalars=self.trainer.model.scalars(),
         )
-        at.window_tokens, at.window_seconds, at.window_loss = 0, 0.0, 0.0
+        at.window_tokens, at.window_seconds, at.window_flops = 0, 0.0, 0.0
+        at.window_losses, at.window_loss = 0, 0.0
 
     def _validate(self, log: Journal) -> None:
         at = self.at
@@ -338,7 +363,7 @@ class _Session:
                 f"after step {at.step} (seed {self.recipe.seed}); lower training.muon_lr or "
                 f"training.adam_lr; last good checkpoint: {self.checkpoints.last_path() or 'none'}"
             )
-        at.validation = loss
+        at.validation, at.validated = loss, at.step
         log.write("validation", **self._place(), loss=loss, scalars=self.trainer.model.scalars())
 
     def _place(self) -> dict[str, Any]:
@@ -346,7 +371,7 @@ class _Session:
         return {
             "step": at.step,
             "tokens": at.step * self.trainer.tokens_per_step,
-            "flops": at.step * self.flops_per_step,
+            "flops": at.flops,
             "seconds": round(at.seconds, 4),
         }
 
@@ -368,10 +393,7 @@ class _Session:
 
     def _restore(self, found: Checkpoint) -> None:
         model = self.trainer.model
-        try:
-            self.at = Counters(**found.state)
-        except TypeError as error:
-            raise RunError(f"{found.path / 'state.json'} is not a training state") from error
+        self.at = _counters(found)
         if self.at.step > self.recipe.steps:
             raise RunError(
                 f"training.steps={self.recipe.steps} is before the checkpoint at step "
@@ -387,8 +409,17 @@ class _Session:
         optimizers.load_named_state(model, found.load("optimizer", like, self.world))
         self.spikes = SpikeDetector(self.at.recent)
 
-    def _passes(self) -> float:
-        """Gradients per step: two with SAM, on average over the schedule."""
-        steps = self.recipe.steps
-        doubled = sum(uses_sam(step, self.recipe) for step in range(steps))
-        return 1 + doubled / steps
+
+def _counters(found: Checkpoint) -> Counters:
+    """The counters of a checkpoint, each of its own type."""
+    kinds = typing.get_type_hints(Counters)
+    state = found.state
+    fits = isinstance(state, dict) and state.keys() == kinds.keys()
+    if fits:
+        for name, kind in kinds.items():
+            options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            allowed = tuple(typing.get_origin(option) or option for option in options)
+            fits = fits and isinstance(state[name], allowed)
+    if not fits or state["step"] != found.step:
+        raise RunError(f"{found.path / 'state.json'} is not the state of this checkpoint")
+    return Counters(**state)

@@ -159,7 +159,9 @@ def rows_of(content: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]
         except ValueError:
             known = False
         if not known:
-            raise RunError(f"{path}, line {number}: not a row of metrics; remove that folder")
+            raise RunError(
+                f"{path}, line {number}: not a row of metrics; repair or remove that line"
+            )
         yield line, row
 
 

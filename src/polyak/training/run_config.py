@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from polyak.errors import unknown
+from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
 from polyak.training.config import TrainingConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 Parallel = Literal["auto", "none", "ddp", "fsdp"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,12 @@ class RunConfig:
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
         object.__setattr__(self, "trackers", tuple(self.trackers))
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise unknown("tracker", str(tracker), TRACKERS)
+        threads = self.threads
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads={threads!r} must be a whole number of at least 1, or none")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -67,6 +74,9 @@ class RunConfig:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
         check_keys(cls, values, "run setting")
+        for name in ("model", "training"):
+            if not isinstance(values.get(name), Mapping):
+                raise ConfigError(f"{name}={values.get(name)!r} must be the settings of the {name}")
         return cls(
             **{
                 **values,

@@ -69,10 +69,9 @@ class RunFolder:
             config: what it was started with, to go on with later from anywhere.
 
         Raises:
-            RunError: the folder cannot be written, or holds a run with other settings.
+            RunError: the folder cannot be written.
         """
         make_folder(self.path)
-        self.check(settings)
         self._clear(self.result_file, self.metrics_file)
         content = {
             "format": FORMAT,
@@ -95,8 +94,9 @@ class RunFolder:
         record = {"step": step, "changes": changes, "environment": environment()}
         resumed = [*recorded.get("resumed", []), record]
         now = {"settings": settings, "config": _anywhere(config), "resumed": resumed}
-        write_json(self.settings_file, {**recorded, **now})
+        # first, so that a kill in between leaves no result of a run that is to go on
         self._clear(self.result_file)
+        write_json(self.settings_file, {**recorded, **now})
 
     def _clear(self, *files: Path) -> None:
         try:
@@ -129,6 +129,8 @@ class RunFolder:
         }
         refused = [
             f"{name}: {there!r} there, {now!r} now"
+            if name != "rule_source"
+            else "rule_source: the rule's file is not what it was when the run began"
             for name, (there, now) in differences.items()
             if name not in changeable
         ]
@@ -145,6 +147,11 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         result: dict[str, Any] = read_json(self.result_file)
+        if not isinstance(result, dict) or not {"steps", "loss"} <= result.keys():
+            raise RunError(
+                f"{self.result_file} is not a result; remove that file, and the run goes on from "
+                "its newest checkpoint"
+            )
         return result
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
@@ -165,11 +172,14 @@ class RunFolder:
 
 def _anywhere(config: RunConfig) -> dict[str, Any]:
     """The configuration with paths that hold in every working folder."""
+    from polyak.data.corpora import known_names
+    from polyak.data.tokenizer_names import parse_name
+
     values = config.to_dict()
-    for name in ("corpus", "tokenizer"):
-        path = Path(values[name]).expanduser()
-        if path.exists() and not values[name].isidentifier():
-            values[name] = str(path.resolve())
+    if config.corpus.partition("[")[0] not in known_names():
+        values["corpus"] = str(Path(config.corpus).expanduser().resolve())
+    if parse_name(config.tokenizer).path is not None:
+        values["tokenizer"] = str(Path(config.tokenizer).expanduser().resolve())
     return values
 
 

@@ -39,7 +39,12 @@ def in_decay(step: int, config: TrainingConfig) -> bool:
 
     The first of these steps still has the peak rate. Always false for the other schedules.
     """
-    return config.schedule == "wsd" and step >= _round(config.decay_start, config)
+    return config.schedule == "wsd" and step >= decay_begins(config)
+
+
+def decay_begins(config: TrainingConfig) -> int:
+    """The first step (from 0) of `wsd`'s decay: round(decay_start·steps)."""
+    return _round(config.decay_start, config)
 
 
 def _round(fraction: float, config: TrainingConfig) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from polyak.errors import ConfigError, RunError, unknown
 from polyak.files import read_json
 from polyak.training import recipes
-from polyak.training.run_config import Device, Parallel, RunConfig
+from polyak.training.run_config import TRACKERS, Device, Parallel, RunConfig
 
 DEFAULT_RECIPE = "quick"
 
@@ -131,12 +131,12 @@ def _given(options: TrainOptions) -> recipes.Settings:
 
 
 def _trackers(text: str) -> tuple[str, ...]:
-    from polyak.training.trackers import KNOWN
-
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
-        if name not in KNOWN:
-            raise unknown("tracker", name, KNOWN)
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+    if not names:
+        raise ConfigError(f"--track {text!r} names no tracker; leave it out, or name one")
     return names
 
 
@@ -154,6 +154,12 @@ def _recorded(folder: Path) -> recipes.Settings:
     if not isinstance(recorded, dict):
         raise RunError(
             f"{file} has no 'config', the settings to go on with; start again in another --out"
+        )
+    corpus = recorded.get("corpus")
+    if isinstance(corpus, str) and Path(corpus).is_absolute() and not Path(corpus).exists():
+        raise RunError(
+            f"the corpus of the run, {corpus}, is no longer there; put it back, or make the run "
+            "anew with another corpus"
         )
     return _flat(RunConfig.from_dict(recorded))
 

@@ -199,6 +199,7 @@ class World:
         """Leave the group; to be called by every process once all is done."""
         self._exits.close()
         if self._store is not None and dist.is_initialized():
+            self.barrier()  # gloo's threads have been seen to abort when a peer leaves earlier
             dist.destroy_process_group()
 
     def __enter__(self) -> World:
