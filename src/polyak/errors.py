@@ -37,6 +37,10 @@ class RunError(PolyakError):
     """A run folder that is missing, unwritable, corrupt, or made with other settings."""
 
 
+class UnwritableError(RunError):
+    """A file or folder that cannot be written: a full disk, or no permission."""
+
+
 class DivergedError(PolyakError):
     """A loss or gradient stopped being finite; the message names the step and the rule."""
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polyak.errors import PolyakError, RunError
+from polyak.errors import PolyakError, RunError, UnwritableError
 
 
-def make_folder(path: Path, *, error: type[PolyakError] = RunError) -> Path:
+def make_folder(path: Path, *, error: type[PolyakError] = UnwritableError) -> Path:
     """Create the folder and its parents if they are missing, and return it.
 
     Raises `error` (one line) where that is not possible.
@@ -31,7 +31,9 @@ def make_folder(path: Path, *, error: type[PolyakError] = RunError) -> Path:
     return path
 
 
-def write_atomic(path: Path, data: bytes | str, *, error: type[PolyakError] = RunError) -> None:
+def write_atomic(
+    path: Path, data: bytes | str, *, error: type[PolyakError] = UnwritableError
+) -> None:
     """Replace the file at `path` by `data` (text is written as UTF-8), all or nothing.
 
     The folder must exist. On any failure the temporary file is removed and the old file, if
@@ -57,7 +59,7 @@ def write_atomic(path: Path, data: bytes | str, *, error: type[PolyakError] = Ru
         raise error(f"cannot write {path}: {reason(problem)}") from problem
 
 
-def write_json(path: Path, value: Any, *, error: type[PolyakError] = RunError) -> None:
+def write_json(path: Path, value: Any, *, error: type[PolyakError] = UnwritableError) -> None:
     """Write `value` as indented JSON, atomically.
 
     NaN and infinity are not JSON: they raise `ValueError`, so write None (null) for them.
@@ -124,7 +126,7 @@ def locked(folder: Path, user: str) -> Iterator[None]:
     try:
         lock = (folder / ".lock").open("a")
     except OSError as problem:
-        raise RunError(f"cannot write in {folder}: {reason(problem)}") from problem
+        raise UnwritableError(f"cannot write in {folder}: {reason(problem)}") from problem
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

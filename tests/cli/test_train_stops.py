@@ -228,14 +228,14 @@ def test_a_read_only_folder_ends_in_one_line(place: Path, tmp_path: Path) -> Non
         done = polyak(*words("--out", disk / "run", steps=2), cwd=place, cache=place / "cache")
         assert done.returncode == 0, done.stderr
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for more in (
-            ["--resume", "--steps", 9, "--out", disk / "run"],
-            words("--out", disk / "new")[1:],
-        ):
-            done = polyak("train", *more, cwd=place, cache=place / "cache")
+        again = ["train", "--resume", "--steps", 9, "--out", disk / "run"]
+        for given in (again, words("--out", disk / "new")):
+            done = polyak(*given, cwd=place, cache=place / "cache")
             assert done.returncode == 1
             assert "Read-only file system" in done.stderr
             assert done.stderr.count("\n") == 1
+            named = f"last good checkpoint: {disk}/run/checkpoints/step-000002" in done.stderr
+            assert named == (given is again)
 
 
 # Divergence

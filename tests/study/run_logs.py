@@ -80,6 +80,11 @@ def write_run(
     if until == steps:
         write_json(
             folder / "result.json",
-            {"loss": level, "seconds": steps / 50, "peak_memory_bytes": 512 * 2**20},
+            {
+                "steps": steps,
+                "loss": level,
+                "seconds": steps / 50,
+                "peak_memory_bytes": 512 * 2**20,
+            },
         )
     return folder

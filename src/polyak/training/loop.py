@@ -8,8 +8,8 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from polyak.data.batches import ValidationBatches
 from polyak.data.prepare import Prepared, prepare
-from polyak.errors import DivergedError, RunError, StoppedError
+from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
 from polyak.rules._registry import source_of
@@ -133,6 +133,7 @@ def train(
             raise RunError(f"{folder} is not a run: run.json is missing; leave out --resume")
         if resume is False and run.settings_file.exists():
             raise RunError(f"{folder} holds a run already; add --resume, or choose another --out")
+        stack.enter_context(_naming_the_last_checkpoint(run))
         if world.main:
             make_folder(folder)
             stack.enter_context(locked(folder, "polyak run"))
@@ -155,6 +156,18 @@ def train(
         if signals:
             session.stop = stack.enter_context(StopSignals())
         return session.run(last_checkpoint)
+
+
+@contextmanager
+def _naming_the_last_checkpoint(run: RunFolder) -> Iterator[None]:
+    """Where the folder cannot be written, say where to go on from once it can."""
+    try:
+        yield
+    except UnwritableError as error:
+        last = Checkpoints(run.checkpoints_folder, world=World()).last_path()
+        if last is None or "last good checkpoint" in str(error):
+            raise
+        raise UnwritableError(f"{error}; last good checkpoint: {last}") from error
 
 
 class _Session:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from polyak.errors import RunError
+from polyak.errors import RunError, UnwritableError
 from polyak.files import reason, write_atomic
 
 
@@ -49,7 +49,7 @@ class MetricsLog:
             self._file = path.open("a+b", buffering=0)
             _take_off_part_of_a_line(self._file)
         except OSError as error:
-            raise RunError(f"cannot write {path}: {reason(error)}") from error
+            raise UnwritableError(f"cannot write {path}: {reason(error)}") from error
 
     def write(self, kind: str, **row: Any) -> None:
         """Append one row; the kinds and their fields are in the module's text.
@@ -63,7 +63,7 @@ class MetricsLog:
             while line:  # a disk that is nearly full takes a part
                 line = line[self._file.write(line) :]
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {reason(error)}") from error
+            raise UnwritableError(f"cannot write {self.path}: {reason(error)}") from error
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.errors import RunError
+from polyak.errors import RunError, UnwritableError
 from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
 from polyak.training.metrics import rows_of
 
@@ -103,7 +103,7 @@ class RunFolder:
             for file in files:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"cannot write in {self.path}: {error.strerror}") from error
+            raise UnwritableError(f"cannot write in {self.path}: {error.strerror}") from error
 
     def check(self, settings: dict[str, Any], changeable: Sequence[str] = ()) -> dict[str, Any]:
         """Refuse a folder whose run has other settings.

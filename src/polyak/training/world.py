@@ -35,6 +35,8 @@ TIMEOUT = timedelta(minutes=30)
 this is for a network that stalls."""
 _PATIENCE = 3.0
 """Seconds in which the first process may report an error before another one reports its own."""
+_LET_GO = 0.2
+"""Seconds for the threads of gloo to let go of what they used."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -199,7 +201,10 @@ class World:
         """Leave the group; to be called by every process once all is done."""
         self._exits.close()
         if self._store is not None and dist.is_initialized():
-            self.barrier()  # gloo's threads have been seen to abort when a peer leaves earlier
+            # Gloo's threads drop their last tensors a moment after the operation is done, which
+            # needs the interpreter: at its end they would abort the process (pytorch PR 179291).
+            self.barrier()
+            time.sleep(_LET_GO)
             dist.destroy_process_group()
 
     def __enter__(self) -> World:
