@@ -194,16 +194,14 @@ def test_a_rule_that_asks_for_values_is_told_so(
 
 
 RESIDENT = """
-import json, resource, sys
+import json, sys
 import torch
 from polyak import Transformer
 from polyak.training.loss import LossModule
 from polyak.training.memory import memory
 from polyak.training.optimizers import Optimizers
 from polyak.training.run_config import RunConfig
-
-def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from polyak.training.runs import peak_memory_bytes
 
 def train(run, steps):
     recipe = run.training
@@ -219,9 +217,9 @@ def train(run, steps):
 torch.set_num_threads(1)
 small, run = (RunConfig.from_dict(values) for values in json.loads(sys.argv[1]))
 train(small, 1)  # what torch itself takes at its first step
-before = resident()
+before = peak_memory_bytes()
 train(run, 2)
-grown = resident() - before
+grown = peak_memory_bytes() - before
 found = memory(run)
 print(grown / max(found.forward_backward, found.update), grown)
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -52,3 +54,16 @@ def test_memory_grows_with_what_is_held_and_the_peak_stays_above_it() -> None:
     # the kernel counts in batches, and the two at different moments
     assert now - before > 0.6 * held.nbytes
     assert peak > 0.9 * now
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts otherwise")
+def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
+    code = """
+import subprocess, sys
+held = bytearray(600 << 20)
+held[:: 4096] = b"x" * len(held[:: 4096])
+child = "from polyak.training.runs import peak_memory_bytes; print(peak_memory_bytes())"
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(found.stdout) < 500 << 20

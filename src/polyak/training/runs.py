@@ -9,6 +9,7 @@ result.json     how the run ended; written last, so a run without it did not fin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -242,6 +243,10 @@ def peak_memory_bytes() -> int | None:
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    # On Linux not getrusage: a process inherits what its parent held when it was started.
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows
