@@ -1,0 +1,121 @@
+"""Measurements of many models, kept one file each, so that a study goes on where it was stopped.
+
+A part is one measurement of one model. Its file holds what it was asked for (the key) beside what
+it found, and appears under its name only when it is whole. A study that is started again finds
+the parts that are there; one that asks for something else is refused, with the difference shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyak.errors import RunError
+from polyak.files import make_folder, read_json, write_json
+
+Tick = Callable[[float], None]
+"""Called with the share of a part that is done, from 0 to 1."""
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement of one model.
+
+    Attributes:
+        subject: the model's name.
+        kind: what is measured: the file's name.
+        key: all that the result depends on, as JSON has it.
+        work: expected seconds.
+        measure: does it.
+    """
+
+    subject: str
+    kind: str
+    key: Mapping[str, Any]
+    work: float
+    measure: Callable[[Tick], Found]
+
+    def file(self, folder: Path) -> Path:
+        """Where its result is kept."""
+        slug = re.sub(r"[^A-Za-z0-9_.=-]+", "_", self.subject).strip("_.") or "model"
+        return folder / "parts" / slug / f"{self.kind}.json"
+
+
+def done(part: Part, folder: Path) -> Found | None:
+    """What a part found, if it was measured before.
+
+    Raises:
+        RunError: the file is of a part that was asked for something else; up to four differences
+            are named.
+    """
+    file = part.file(folder)
+    if not file.exists():
+        return None
+    content = read_json(file)
+    if not isinstance(content, dict) or not {"key", "found"} <= content.keys():
+        raise RunError(f"{file} is not a part of a study; remove it, and it is measured again")
+    wanted, there = json.loads(json.dumps(part.key)), content["key"]
+    if wanted != there:
+        names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+        shown = "; ".join(f"{n}: {there.get(n)!r} there, {wanted.get(n)!r} now" for n in names[:4])
+        raise RunError(f"{file} was measured otherwise ({shown}); choose another --out")
+    found: Found = content["found"]
+    return found
+
+
+def measure_all(
+    parts: Sequence[Part],
+    folder: Path,
+    *,
+    after_each: Callable[[Part, Found], None],
+    progress: Callable[[float, str], None] | None = None,
+) -> None:
+    """Measure the parts that are not there yet, in order.
+
+    Args:
+        parts: all parts of the study.
+        folder: the study's.
+        after_each: called with every part and what it found, those found before first.
+        progress: called with the share of all expected work that is done, and what is under way.
+
+    Raises:
+        RunError: a part was measured otherwise before, or its file cannot be written.
+    """
+    missing = []
+    for part in parts:
+        found = done(part, folder)
+        if found is None:
+            missing.append(part)
+        else:
+            after_each(part, found)
+    total, finished = sum(part.work for part in missing) or 1.0, 0.0
+    for part in missing:
+
+        def tick(share: float, part: Part = part, finished: float = finished) -> None:
+            if progress is not None:
+                progress((finished + share * part.work) / total, f"{part.subject}: {part.kind}")
+
+        tick(0.0)
+        began = time.perf_counter()
+        found = part.measure(tick)
+        content = {"key": part.key, "seconds": time.perf_counter() - began, "found": found}
+        make_folder(part.file(folder).parent)
+        write_json(part.file(folder), content)
+        finished += part.work
+        after_each(part, found)
+
+
+def expected(parts: Sequence[Part], folder: Path) -> tuple[int, int, float]:
+    """(parts in all, parts that are there, seconds expected for the rest).
+
+    Raises:
+        RunError: a part was measured otherwise before.
+    """
+    missing = [part for part in parts if done(part, folder) is None]
+    return len(parts), len(parts) - len(missing), sum(part.work for part in missing)
