@@ -54,7 +54,7 @@ def complete(results: Mapping[str, Any]) -> dict[str, Any]:
         entry["bits_per_byte"] = (
             _per_seed({s: x * factor for s, x in per_seed.items()}) if factor else None
         )
-        entry["difference"] = None if compared is None else _difference(compared, row)
+        entry["difference"] = None if compared is None else difference_row(compared, row)
     filled["statistics"] = _statistics(compared)
     filled["verdict"] = verdict(filled, table, seeds)
     return filled
@@ -92,7 +92,8 @@ def _per_seed(values: dict[str, float]) -> dict[str, Any] | None:
     return None if filled is None else {**filled, "per_seed": values}
 
 
-def _difference(compared: Differences, row: int) -> dict[str, Any] | None:
+def difference_row(compared: Differences, row: int) -> dict[str, Any] | None:
+    """One entry's difference as results.json holds it; None for the baseline itself."""
     mean, half, noise = (
         float(x[row]) for x in (compared.mean, compared.half_width, compared.noise_sd)
     )
