@@ -172,7 +172,8 @@ class Surface:
 
     def _build(self, kind: Kind, batch: Tensor) -> _Graph:
         leaves = list(self._leaves.values())
-        with _Meter() as meter:
+        meter = _Meter()
+        with meter:
             if kind == "hessian":
                 loss = self._losses(self._leaves, batch, "sum") / self.tokens
                 graph: _Graph = _HessianGraph(leaves, loss)
