@@ -19,8 +19,9 @@ from polyak.files import make_folder, read_json, write_atomic, write_json
 from polyak.study import figures, run_figures, svg
 from polyak.study.pages import environment, machine_of
 from polyak.study.results import commit, mean_scalars, now
-from polyak.study.run_rows import find_runs, read_run, short_names
+from polyak.study.run_rows import read_run
 from polyak.study.words import fixed, listed, plural
+from polyak.training.run_folders import find_runs, short_names
 from polyak.training.runs import environment as this_environment
 
 FORMAT = 1
