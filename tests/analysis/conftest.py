@@ -42,7 +42,9 @@ def small_model() -> Callable[..., Transformer]:
 
 
 @pytest.fixture
-def small_surface(small_model: Callable[..., Transformer], tokens: Tensor) -> Callable[..., Surface]:
+def small_surface(
+    small_model: Callable[..., Transformer], tokens: Tensor
+) -> Callable[..., Surface]:
     """The float64 loss of a small model of a rule."""
 
     def build(rule: str, **options: Any) -> Surface:

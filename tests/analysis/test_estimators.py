@@ -105,8 +105,13 @@ def test_intervals_cover_the_truth_at_their_rate_and_are_not_wide() -> None:
     widths: dict[str, list[float]] = {"deflated": [], "hutchinson": []}
     for seed in range(repeats):
         found = trace(
-            lambda v: matrix @ v, n, seed=seed, vectors=ends.vectors, images=ends.images,
-            precision=0.03, max_probes=60,
+            lambda v: matrix @ v,
+            n,
+            seed=seed,
+            vectors=ends.vectors,
+            images=ends.images,
+            precision=0.03,
+            max_probes=60,
         )
         for name in covered:
             interval = getattr(found, name)

@@ -169,7 +169,9 @@ def test_float32_products_are_near_the_float64_ones(
     assert error.norm() <= 1e-3 * exact.hessian(vector).norm()
 
 
-def test_weights_gradients_and_mode_are_left_bit_for_bit(small_model: Build, tokens: Tensor) -> None:
+def test_weights_gradients_and_mode_are_left_bit_for_bit(
+    small_model: Build, tokens: Tensor
+) -> None:
     model = small_model("soap").float()
     before = copy.deepcopy(model.state_dict())
     surface = Surface(model, tokens)

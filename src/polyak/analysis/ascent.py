@@ -89,9 +89,7 @@ def rises(
 def _rise(
     surface: Surface, rho: float, starts: dict[str, Tensor], steps: int, base: float, norm: float
 ) -> Rise:
-    found = {
-        name: _climb(surface, rho, rho * unit, steps) - base for name, unit in starts.items()
-    }
+    found = {name: _climb(surface, rho, rho * unit, steps) - base for name, unit in starts.items()}
     best = max(found, key=lambda name: found[name])
     sam = surface.loss(rho * starts["gradient"]) - base if "gradient" in starts else 0.0
     return Rise(

@@ -199,9 +199,7 @@ def _orthogonalised(
     return found, fresh, 0.0
 
 
-def quadrature(
-    operator: Operator, start: Tensor, steps: int
-) -> tuple[Array, Array]:
+def quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[Array, Array]:
     r"""Gauss quadrature of the spectral measure of `start`, by Lanczos.
 
     With u = start/‖start‖, Σ_j w_j f(θ_j) ≈ uᵀ f(H) u, exact for polynomials of degree 2·steps − 1.

@@ -37,7 +37,9 @@ def direction(surface: Surface, seed: int) -> Tensor:
         parts.append(_filtered(drawn.to(weight.device), weight, filters(surface.model, name)))
     found = surface.view.join(parts)
     if not float(found.norm()) > 0:
-        raise ConfigError("no slice: the chosen parameters are all vectors or zero, without filters")
+        raise ConfigError(
+            "no slice: the chosen parameters are all vectors or zero, without filters"
+        )
     return found
 
 
