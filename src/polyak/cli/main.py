@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train one model by a recipe, with checkpoints and exact resume",
     "evaluate": "loss, bits per byte and perplexity of trained models on any text",
     "forgetting": "train on another corpus and measure what is forgotten",
+    "study": "gather all of that for several runs on one page: landscape",
     "report": "draw the curves of any runs into one page",
     "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
     "rules": "print the family of update rules and what they cost",
