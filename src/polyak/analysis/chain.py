@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from polyak.analysis.cut import Attention, Piece
+from polyak.analysis.linear import Linear
 
 
-class Chain:
+class Chain(Linear):
     """Q_outᵀ P_n ⋯ P_1 Q_in.
 
     Args:
@@ -34,27 +35,13 @@ class Chain:
         self, pieces: Sequence[Piece], enter: Tensor | None = None, leave: Tensor | None = None
     ) -> None:
         self.pieces = list(pieces)
-        self.enter, self.leave = enter, leave
         first, last = self.pieces[0].diagonal, self.pieces[-1].diagonal
-        self.tokens = first.shape[0]
-        self.inputs = first.shape[2] if enter is None else enter.shape[2]
-        self.outputs = last.shape[1] if leave is None else leave.shape[2]
-        self.like = first
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the matrix."""
-        return self.tokens * self.outputs, self.tokens * self.inputs
+        super().__init__(first.shape[0], first.shape[2], last.shape[1], first, enter, leave)
 
     @property
     def bytes(self) -> int:
         """Memory of the pieces."""
         return sum(piece.bytes for piece in self.pieces)
-
-    def random(self, size: int, count: int, generator: torch.Generator) -> Tensor:
-        """`count` vectors of independent normal numbers, (T, size, count)."""
-        drawn = torch.randn(self.tokens, size, count, generator=generator, dtype=torch.float64)
-        return drawn.to(self.like)
 
     def times(self, z: Tensor) -> Tensor:
         """J z: (T, n_in, m) → (T, n_out, m)."""
@@ -69,14 +56,6 @@ class Chain:
         for piece in reversed(self.pieces):
             u = _transposed(piece, u)
         return u if self.enter is None else self.enter.transpose(1, 2) @ u
-
-    def dense(self) -> Tensor:
-        """The matrix itself, rows and columns ordered by token; for small ones."""
-        rows, columns = self.shape
-        identity = torch.eye(columns, dtype=self.like.dtype, device=self.like.device)
-        return self.times(identity.reshape(self.tokens, self.inputs, columns)).reshape(
-            rows, columns
-        )
 
     def with_bases(self, enter: Tensor | None, leave: Tensor | None) -> Chain:
         """The same pieces between other bases."""

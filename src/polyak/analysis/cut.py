@@ -102,9 +102,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.found: list[tuple[Any, ...]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v, mask, causal, scale = _arguments(*args, **(kwargs or {}))
@@ -135,9 +133,7 @@ class _Player(TorchFunctionMode):
         self.outputs = list(outputs)
         self.asked: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v, *_ = _arguments(*args, **(kwargs or {}))
@@ -252,8 +248,6 @@ def _pieces(
         diagonal = below[..., :width] + out_of @ (within @ asked)
         into = asked[:, q.shape[0] * q.shape[2] :].contiguous()
         o = calls[place][4].unflatten(-1, (q.shape[0], -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
-        pieces.append(
-            Piece(diagonal, Attention(into, out_of, weights, q, v, o.contiguous()))
-        )
+        pieces.append(Piece(diagonal, Attention(into, out_of, weights, q, v, o.contiguous())))
         width += size
     return pieces
