@@ -139,11 +139,19 @@ class Surface:
         return result
 
     def hessian(self, vector: Tensor) -> Tensor:
-        """Hv."""
+        """Hv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("hessian", vector)
 
     def gauss_newton(self, vector: Tensor) -> Tensor:
-        """Gv."""
+        """Gv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("gauss_newton", vector)
 
     def operator(self, kind: Kind) -> Operator:
@@ -170,6 +178,8 @@ class Surface:
                 if keep and index == len(kept):
                     kept.append(graph)
                 result += self._joined(graph.product(parts, keep=keep))
+        if not bool(torch.isfinite(result).all()):
+            raise ConfigError("a second derivative of the loss is not finite at these weights")
         self.products += 1
         self._worked(1.0)
         return result
