@@ -72,8 +72,8 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
 
 
 def test_the_same_seed_gives_the_same_numbers(runs: Path, tmp_path: Path) -> None:
-    words = [str(runs / "gradient_descent"), *SMALL, "--dtype", "float64", "--tolerance", "1e-8"]
-    words += ["--max-products", "400"]
+    words = [str(runs / "gradient_descent"), *SMALL, "--dtype", "float64", "--tolerance", "1e-7"]
+    words += ["--max-products", "400", "--top-k", "1", "--slice-radius", "0", "--scale", "none"]
     for out, seed in (("one", "0"), ("two", "0"), ("other", "1")):
         assert main(["sharpness", *words, "--seed", seed, "--out", str(tmp_path / out)]) == 0
     one, two, other = (
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_numbers(runs: Path, tmp_path: Path) -> Non
         for pair, again in zip(one["spectrum"][end], other["spectrum"][end], strict=True):
             assert pair["converged"]
             assert pair["residual"] <= one["spectrum"]["tolerance"]
-            assert pair["value"] == pytest.approx(again["value"], abs=1e-8)
+            assert pair["value"] == pytest.approx(again["value"], abs=1e-6)
 
 
 def test_a_group_is_the_dense_block(runs: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_group_is_the_dense_block(runs: Path, tmp_path: Path) -> None:
 def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sharpness", str(runs / "gradient_descent"), *SMALL, "--out", str(out)]
-    long = [*words, "--density-steps", "200", "--density-probes", "400"]
+    long = [*words, "--density-steps", "60", "--density-probes", "400"]
     process = subprocess.Popen(
         command(*long), env=environment(runs / "cache"), stderr=subprocess.PIPE, text=True
     )
@@ -137,7 +137,7 @@ def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) 
     # as if fewer had been asked for, so that this test ends
     before["settings"]["density_probes"] = found["density"]["probes"] + 1
     (out / "results.json").write_text(json.dumps(before))
-    again = [*words, "--density-steps", "200"]
+    again = [*words, "--density-steps", "60"]
     again += ["--density-probes", str(found["density"]["probes"] + 1)]
     assert main(again) == 0
     after = results_of(out)["runs"][0]["found"]

@@ -82,7 +82,7 @@ class Surface:
         self.ids = ids.to(self.device)
         self.tokens = self.ids[:, 1:].numel()
         rows = rows or max(1, TOKENS_AT_ONCE // (self.ids.shape[1] - 1))
-        self.batches = self.ids.split(rows)
+        self.batches = torch.split(self.ids, rows)
         self.products = 0
         """Curvature products made so far."""
         self.on_work: Callable[[float], None] | None = None
