@@ -76,7 +76,10 @@ def test_interrupted_it_says_where_it_went_on(tmp_path: Path) -> None:
         (["corpus.txt", "--verify", "--bench"], "--verify and --bench exclude each other"),
         (["corpus.txt", "--out", "x"], "--out is for --bench"),
         (["corpus.txt", "--verify"], "corpus 'corpus.txt' with tokenizer 'bytes' is not prepared"),
-        (["tinystories", "--validation-fraction", "0.1"], "'tinystories' has a split of its own"),
+        (
+            ["tinystories-own", "--validation-fraction", "0.1"],
+            "'tinystories-own' has a split of its own",
+        ),
         (["lambada", "--tokenizer", "bpe-300"], "is for evaluation and has no training side"),
         (["lambada"], "$POLYAK_HUB is nowhere, but it holds no folder EleutherAI/lambada_openai"),
         ([], "CORPUS"),

@@ -48,8 +48,18 @@ def _texts(prepared: Prepared, side: str) -> list[str]:
     ]
 
 
-def test_tinystories_keeps_its_own_split(hub: Path, cache: Path) -> None:
+def test_tinystories_holds_out_half_a_percent_of_its_train(hub: Path, cache: Path) -> None:
     prepared = prepare("tinystories", cache=cache)
+    train, validation = _texts(prepared, "train"), _texts(prepared, "validation")
+    assert sorted(train + validation) == sorted(hub_copies.STORIES["train"])
+    assert 1 <= len(validation) <= 6
+    assert prepared.manifest["split"]["fraction"] == 0.005
+    more = prepare("tinystories", cache=cache, validation_fraction=0.05)
+    assert set(validation) <= set(_texts(more, "validation"))
+
+
+def test_tinystories_own_keeps_the_split_of_the_dataset(hub: Path, cache: Path) -> None:
+    prepared = prepare("tinystories-own", cache=cache)
     for side in ("train", "validation"):
         assert _texts(prepared, side) == hub_copies.STORIES[side]
     assert prepared.test is None
@@ -155,8 +165,10 @@ def test_what_is_prepared_is_found_again_until_the_copy_changes(
 
 
 def test_a_corpus_with_its_own_split_takes_no_fraction(hub: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"validation_fraction=0\.1: corpus 'tinystories' has a"):
-        prepare("tinystories", cache=cache, validation_fraction=0.1)
+    with pytest.raises(
+        ConfigError, match=r"validation_fraction=0\.1: corpus 'tinystories-own' has"
+    ):
+        prepare("tinystories-own", cache=cache, validation_fraction=0.1)
 
 
 @pytest.mark.parametrize(

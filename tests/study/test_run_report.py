@@ -18,8 +18,9 @@ from polyak.files import write_json
 from polyak.study import run_figures
 from polyak.study.run_figures import smooth
 from polyak.study.run_report import KIND, gather, render, report, sentence
-from polyak.study.run_rows import POINTS, find_runs, read_run, series, short_names
+from polyak.study.run_rows import POINTS, read_run, series
 from polyak.training.metrics import MetricsLog
+from polyak.training.run_folders import find_runs, short_names
 from tests.study.pages import Page, check_figures_in_browser, check_in_browser, check_text
 from tests.study.run_logs import TOKENS, write_run
 

@@ -77,7 +77,8 @@ class Case:
     @property
     def name(self) -> str:
         extras = [key for key in ("compile", "bfloat16") if getattr(self, key)]
-        return "-".join([self.rule, self.strategy, self.optimizer, self.sam, *extras])
+        rule = self.rule.rpartition(":")[2]  # of a rule in a file, no path
+        return "-".join([rule, self.strategy, self.optimizer, self.sam, *extras])
 
 
 def torchrun(

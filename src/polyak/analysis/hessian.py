@@ -82,10 +82,12 @@ class Surface:
         self.ids = ids.to(self.device)
         self.tokens = self.ids[:, 1:].numel()
         rows = rows or max(1, TOKENS_AT_ONCE // (self.ids.shape[1] - 1))
-        self.batches = self.ids.split(rows)
+        self.batches = torch.split(self.ids, rows)
         self.products = 0
-        self.on_product: Callable[[], None] | None = None
-        """Called after every curvature product or gradient: for progress bars."""
+        """Curvature products made so far."""
+        self.on_work: Callable[[float], None] | None = None
+        """Called after a curvature product with 1, a gradient with ½, a loss with ⅙: their share of
+        matrix products, for progress bars."""
         self._kept_bytes = kept_bytes
         self._kept: dict[Kind, list[_Graph]] = {}
         self._fixed = {
@@ -119,6 +121,7 @@ class Surface:
             for batch in self.batches:
                 losses = self._losses(values, batch, "none")
                 total += float(losses.double().sum())
+        self._worked(1 / 6)
         mean = total / self.tokens
         if shift is None and not math.isfinite(mean):
             raise ConfigError("the model's loss is not finite; it has diverged")
@@ -132,15 +135,23 @@ class Surface:
             for batch in self.batches:
                 loss = self._losses(values, batch, "sum") / self.tokens
                 result += self._joined(_gradients(loss, list(values.values())))
-        self._count()
+        self._worked(1 / 2)
         return result
 
     def hessian(self, vector: Tensor) -> Tensor:
-        """Hv."""
+        """Hv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("hessian", vector)
 
     def gauss_newton(self, vector: Tensor) -> Tensor:
-        """Gv."""
+        """Gv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("gauss_newton", vector)
 
     def operator(self, kind: Kind) -> Operator:
@@ -167,12 +178,16 @@ class Surface:
                 if keep and index == len(kept):
                     kept.append(graph)
                 result += self._joined(graph.product(parts, keep=keep))
-        self._count()
+        if not bool(torch.isfinite(result).all()):
+            raise ConfigError("a second derivative of the loss is not finite at these weights")
+        self.products += 1
+        self._worked(1.0)
         return result
 
     def _build(self, kind: Kind, batch: Tensor) -> _Graph:
         leaves = list(self._leaves.values())
-        with _Meter() as meter:
+        meter = _Meter()
+        with meter:
             if kind == "hessian":
                 loss = self._losses(self._leaves, batch, "sum") / self.tokens
                 graph: _Graph = _HessianGraph(leaves, loss)
@@ -203,10 +218,9 @@ class Surface:
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return self.view.join([part.detach().double() for part in parts])
 
-    def _count(self) -> None:
-        self.products += 1
-        if self.on_product is not None:
-            self.on_product()
+    def _worked(self, share: float) -> None:
+        if self.on_work is not None:
+            self.on_work(share)
 
 
 class _Graph:

@@ -12,7 +12,6 @@ converged or not. With the residual r = ‖Hu − θu‖ some eigenvalue lies wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,8 @@ from polyak.analysis.hessian import Operator, dense
 from polyak.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
-Report = Callable[[int, int], None]
+LOOK_EVERY = 5
+"""Products between looks at whether the ends have converged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +99,24 @@ def extremes(
     small = np.zeros((basis, basis))
     done, products = 0, 0
     while True:
-        coupling = 0.0
-        while done < basis:
-            image = operator(rows[done])
-            products += 1
-            coefficients, rest, coupling = _orthogonalised(image, rows[: done + 1], generator)
-            small[: done + 1, done] = small[done, : done + 1] = coefficients
-            done += 1
-            rows[done] = rest
-        values, inner = np.linalg.eigh(small)
-        chosen = [*range(basis - count, basis)] + ([*range(count)] if bottom else [])
-        scale = float(np.abs(values).max())
-        estimates = coupling * np.abs(inner[-1, chosen])
-        spare = max_products - products - wanted
-        if estimates.max() <= 0.5 * tolerance * scale or spare < 1:
+        # looked at every few products, so that none is made after the ends have converged
+        full = False
+        while not full:
+            for _ in range(min(LOOK_EVERY, basis - done)):
+                image = operator(rows[done])
+                products += 1
+                coefficients, rest, coupling = _orthogonalised(image, rows[: done + 1], generator)
+                small[: done + 1, done] = small[done, : done + 1] = coefficients
+                done += 1
+                rows[done] = rest
+            full = done == basis
+            values, inner = np.linalg.eigh(small[:done, :done])
+            chosen = [*range(done - count, done)] + ([*range(count)] if bottom else [])
+            estimates = coupling * np.abs(inner[-1, chosen])
+            close = estimates.max() <= 0.5 * tolerance * float(np.abs(values).max())
+            stop = done >= 2 * wanted and (close or products + wanted >= max_products)
+            full = full or stop
+        if stop:
             break
         # keep the wanted Ritz vectors and as many again beside them: they speed the next cycle
         extra = max(1, (basis - wanted) // 4)
@@ -125,8 +129,8 @@ def extremes(
         rows[done] = last
         small[:] = 0.0
         small[range(done), range(done)] = values[keep]
-    order = [*reversed(range(basis - count, basis))] + ([*range(count)] if bottom else [])
-    vectors = torch.from_numpy(inner[:, order].T.copy()).to(rows.device) @ rows[:basis]
+    order = [*reversed(range(done - count, done))] + ([*range(count)] if bottom else [])
+    vectors = torch.from_numpy(inner[:, order].T.copy()).to(rows.device) @ rows[:done]
     del rows
     images = torch.stack([operator(vector) for vector in vectors])
     return _ends(vectors, images, count, tolerance, products + len(order))
@@ -195,9 +199,7 @@ def _orthogonalised(
     return found, fresh, 0.0
 
 
-def quadrature(
-    operator: Operator, start: Tensor, steps: int
-) -> tuple[Array, Array]:
+def quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[Array, Array]:
     r"""Gauss quadrature of the spectral measure of `start`, by Lanczos.
 
     With u = start/‖start‖, Σ_j w_j f(θ_j) ≈ uᵀ f(H) u, exact for polynomials of degree 2·steps − 1.

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "compare": "train rules side by side and report what differs",
     "train": "train one model by a recipe, with checkpoints and exact resume",
+    "evaluate": "loss, bits per byte and perplexity of trained models on any text",
     "report": "draw the curves of any runs into one page",
+    "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
     "rules": "print the family of update rules and what they cost",
     "prepare": "turn a corpus into token shards, ready to train on",
     "bench": "time models and numerical kernels, interleaved",

@@ -23,8 +23,8 @@ DESCRIPTION = """Turn a corpus into token shards with a hashed manifest, once. K
 way, the same command goes on; the result is the same to the last byte. Training
 commands find it by the corpus's and the tokenizer's names.
 
-corpora: stdlib, prose (of this Python), tinystories, openwebtext, wikitext-103,
-wikitext-103-lines, c4 and lambada (of the Hugging Face hub, or a copy of it in
+corpora: stdlib, prose (of this Python), tinystories, tinystories-own, openwebtext,
+wikitext-103, wikitext-103-lines, c4, lambada (of the hub, or of a copy of it in
 $POLYAK_HUB), or the path of a text, .jsonl, .jsonl.gz or .parquet file, or of a
 folder of them. tinystories[documents=1000] takes the first documents only.
 tokenizers: bytes, gpt2, bpe-N (trained on the corpus), or a tokenizer's path.
@@ -51,7 +51,7 @@ class PrepareConfig:
     text_field: str = "text"
     """The field with the text of JSONL, Parquet and hub records."""
     validation_fraction: float | None = None
-    """Share of the documents held out; None: 0.05, or the corpus's own split."""
+    """Share of the documents held out; None: the corpus's own (0.05 of most)."""
     workers: int | None = None
     """Processes that encode; None: one per core, if the corpus is worth it."""
     shard_tokens: int | None = None

@@ -44,6 +44,7 @@ class Corpus:
         skipped: Reason → number of files left out.
         sides: The sides of the split: training, validation, and test where there is one.
         empty_sides: Those that the corpus has nothing for: it is meant for evaluation only.
+        fraction: Share of the documents held out when nobody asks for another.
     """
 
     name: str
@@ -53,9 +54,11 @@ class Corpus:
     skipped: Mapping[str, int] = field(default_factory=dict)
     sides: tuple[str, ...] = SIDES
     empty_sides: tuple[str, ...] = ()
+    fraction: float = FRACTION
 
-    def split(self, fraction: float = FRACTION) -> tuple[Corpus, Corpus]:
+    def split(self, fraction: float | None = None) -> tuple[Corpus, Corpus]:
         """(train, validation), split by document; see `Splitter`. A test side is left out."""
+        fraction = self.fraction if fraction is None else fraction
         splitter = self.splitter(fraction)
         train, validation = (
             replace(
@@ -72,13 +75,14 @@ class Corpus:
         """The fingerprint of one side of a split, known without reading any document."""
         return sha256(f"{self.fingerprint} {fraction!r} {side}".encode()).hexdigest()
 
-    def splitter(self, fraction: float = FRACTION) -> Splitter:
+    def splitter(self, fraction: float | None = None) -> Splitter:
         """Decide the split; reads documents only until both sides are known not to be empty.
 
         Raises:
             ConfigError: `fraction` is not between 0 and 1.
             DataError: the corpus holds no text, or a single character.
         """
+        fraction = self.fraction if fraction is None else fraction
         check_fraction(fraction)
         if self.split_by == "own":
             return Splitter(fraction=fraction, by="own", sides=self.sides)
@@ -210,6 +214,7 @@ def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
             split_by="own" if own else "content",
             sides=(*SIDES, *(side for side in own if side not in SIDES)),
             empty_sides=tuple(side for side in SIDES if side not in own) if own else (),
+            fraction=found_on_hub.corpus.held_out,
         )
     try:
         path = Path(name_or_path).expanduser()

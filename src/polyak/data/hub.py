@@ -50,6 +50,7 @@ class HubCorpus:
         about: One line for `--help` and documentation.
         documents: The first so many documents of each split; None for all.
         joined: `articles` joins lines into articles, `lines` leaves out empty lines.
+        held_out: Share of the documents held out by hash where no split is a side of its own.
     """
 
     repository: str
@@ -58,6 +59,7 @@ class HubCorpus:
     about: str
     documents: int | None = None
     joined: Literal["articles", "lines"] | None = None
+    held_out: float = 0.05
 
     @property
     def own_sides(self) -> tuple[str, ...]:
@@ -71,8 +73,14 @@ _WIKITEXT = (*_OWN, Split("test", "test"))
 HUB: dict[str, HubCorpus] = {
     "tinystories": HubCorpus(
         repository="roneneldan/TinyStories",
+        splits=(Split("train", None),),
+        held_out=0.005,
+        about="stories in small words; 0.5% of its train are held out, as in MS",
+    ),
+    "tinystories-own": HubCorpus(
+        repository="roneneldan/TinyStories",
         splits=_OWN,
-        about="stories in small words; its own train and validation",
+        about="the same with the dataset's own validation",
     ),
     "openwebtext": HubCorpus(
         repository="Skylion007/openwebtext",

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak.data import journal
-from polyak.data.corpora import FRACTION, Corpus, Splitter, check_fraction, load_corpus
+from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
 from polyak.data.documents import open_reader
 from polyak.data.encode import Arrays, Chunk, Encoder, chunks
 from polyak.data.hub import HubDocuments, HubError
@@ -122,8 +122,8 @@ def prepare(
             the path of a tokenizer, see `read_tokenizer`.
         text_field: The field with the text of JSONL, Parquet and hub records.
         cache: Where prepared corpora are kept; `default_cache()` if None.
-        validation_fraction: Share of the documents held out, between 0 and 1; 0.05 if None. Only
-            for corpora without a split of their own.
+        validation_fraction: Share of the documents held out, between 0 and 1; the corpus's own if
+            None (0.05 of most). Only for corpora without a split of their own.
         shard_tokens: Tokens in a shard at most.
         workers: Processes that encode; 1: only this one; None: one per core, if it is worth it.
         save_seconds: What is done is flushed and recorded so often: as much is lost in a kill.
@@ -376,7 +376,7 @@ def _plan(
     return _Plan(
         corpus=loaded,
         tokenizer=name,
-        fraction=FRACTION if fraction is None else fraction,
+        fraction=loaded.fraction if fraction is None else fraction,
         shard_tokens=shard_tokens,
         cache=default_cache() if cache is None else cache,
         made=None if name.path is None else name.load(),

@@ -1,0 +1,1 @@
+"""Looking at trained models from outside: losses on any text, attention, forgetting."""
