@@ -181,9 +181,8 @@ def spectrum(map_: Map, options: Options | None = None) -> Spectrum:
     )
 
 
-def persistence(spectra: Sequence[Spectrum]) -> Estimate:
-    """Σ_l log σ_min over blocks; a bound where one of them is a bound."""
-    logs = [one.log_sigma_min for one in spectra]
+def persistence(logs: Sequence[Estimate]) -> Estimate:
+    """Σ_l log σ_min over blocks, from `log_sigma_min` of each; a bound where one is a bound."""
     values = [log.value for log in logs]
     if any(value is None for value in values):
         return Estimate(value=None, kind="upper bound")
