@@ -160,7 +160,7 @@ class FlatView:
         """
         if vector.shape != (self.size,):
             raise ConfigError(f"a vector of shape {tuple(vector.shape)} does not fit {self.size}")
-        parts = vector.split([shape.numel() for shape in self.shapes.values()])
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes.values()])
         return {
             name: part.view(shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)

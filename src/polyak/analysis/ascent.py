@@ -11,6 +11,7 @@ first-order form ρ‖∇L‖.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def rises(
         seed: of the random starts.
 
     Raises:
-        ConfigError: a radius is not above 0.
+        ConfigError: a radius is not above 0, or so large that the loss is not finite.
     """
     for rho in radii:
         if not 0 < rho < float("inf"):
@@ -92,6 +93,10 @@ def _rise(
     found = {name: _climb(surface, rho, rho * unit, steps) - base for name, unit in starts.items()}
     best = max(found, key=lambda name: found[name])
     sam = surface.loss(rho * starts["gradient"]) - base if "gradient" in starts else 0.0
+    if not all(math.isfinite(rise) for rise in (*found.values(), sam)):
+        raise ConfigError(
+            f"rho={rho} reaches weights at which the loss is not finite; use a smaller one"
+        )
     return Rise(
         rho=rho,
         at_least=max(found[best], 0.0),  # ε = 0 is allowed

@@ -82,7 +82,7 @@ class Surface:
         self.ids = ids.to(self.device)
         self.tokens = self.ids[:, 1:].numel()
         rows = rows or max(1, TOKENS_AT_ONCE // (self.ids.shape[1] - 1))
-        self.batches = self.ids.split(rows)
+        self.batches = torch.split(self.ids, rows)
         self.products = 0
         """Curvature products made so far."""
         self.on_work: Callable[[float], None] | None = None
@@ -139,11 +139,19 @@ class Surface:
         return result
 
     def hessian(self, vector: Tensor) -> Tensor:
-        """Hv."""
+        """Hv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("hessian", vector)
 
     def gauss_newton(self, vector: Tensor) -> Tensor:
-        """Gv."""
+        """Gv.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
         return self._product("gauss_newton", vector)
 
     def operator(self, kind: Kind) -> Operator:
@@ -170,6 +178,8 @@ class Surface:
                 if keep and index == len(kept):
                     kept.append(graph)
                 result += self._joined(graph.product(parts, keep=keep))
+        if not bool(torch.isfinite(result).all()):
+            raise ConfigError("a second derivative of the loss is not finite at these weights")
         self.products += 1
         self._worked(1.0)
         return result

@@ -3,8 +3,8 @@ r"""Slices of the loss along filter-normalised random directions (Li et al., arX
 A direction d is drawn with normal entries. Then every filter, that is every row of weights that
 feeds one output, is scaled to the norm of the same filter of the weights: d_i ← d_i ‖θ_i‖/‖d_i‖.
 Filters are the rows of an `nn.Linear`, the columns of Hugging Face's `Conv1D` (stored transposed),
-the rows (one token or position each) of an embedding, and the output channels of a convolution. One-dimensional
-parameters (norm gains, biases) and single scalars are held fixed, as in the paper: they have no
+the rows (one token or position each) of an embedding, the output channels of a convolution. Vectors
+(norm gains, biases) and single scalars are held fixed, as in the paper: they have no
 filter, and a random change of a gain by its own size says little about the minimum. The slice is
 
     (a, b) ↦ L(θ + a d₁ + b d₂),

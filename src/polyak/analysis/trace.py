@@ -7,7 +7,7 @@ r"""The trace of a symmetric operator with a 95% confidence interval.
 
     tr H = tr(U H Uᵀ) + tr(PHP),
 
-exactly, whether or not U has converged. The first term is known; Hutchinson samples only the second,
+exactly, whether or not U has converged. The first term is known; only the second is sampled,
 without the outliers that make the variance (the idea of Hutch++, arXiv:2010.09649, with the space
 that the ends have paid for already). Both use the same products: with w = Pz,
 Hw = Hz − (HUᵀ)(Uz).

@@ -16,6 +16,7 @@ COMMANDS = {
     "study": "gather all of that for several runs on one page: landscape",
     "report": "draw the curves of any runs into one page",
     "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
+    "spectrum": "singular values of the blocks' Jacobians and of their products",
     "rules": "print the family of update rules and what they cost",
     "prepare": "turn a corpus into token shards, ready to train on",
     "bench": "time models and numerical kernels, interleaved",

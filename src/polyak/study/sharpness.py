@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ class _Measurement:
         if config.gauss_newton:
             wanted["gauss_newton"] = (spectrum, self._gauss_newton)
         for group in self.groups:
-            wanted[f"group {group}"] = (spectrum, lambda group=group: self._group(group))
+            wanted[f"group {group}"] = (spectrum, partial(self._group, group))
         self.wanted = wanted
         self._before, self._now, self._part = 0.0, 0.0, ""
         self._all = sum(work for work, _ in wanted.values())

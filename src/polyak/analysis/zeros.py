@@ -1,0 +1,145 @@
+r"""Directions that a Jacobian loses by structure: found by reasoning, then checked by number.
+
+v = LN_w(u) = w ∘ n with n = (u − mean u)/√(var u + eps). Whatever u does,
+
+- aᵀ dv = 0 exactly for a = 1/w, because the entries of n add up to 0;
+- aᵀ dv = O(eps/var) for a = n/w, because nᵀn = d·var/(var + eps) hardly changes.
+
+So v moves in w ∘ {t : Σt = 0, nᵀt = 0}, the tangent space of the range of LN, d − 2 dimensions;
+Q is an orthonormal basis of it, the complement of 1/w and n/w. LN also takes the same value at u
+and u + s·1, which a map that reads x only through LN loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polyak.analysis.linear import Linear
+from polyak.errors import ConfigError
+from polyak.rules import UpdateRule
+from polyak.rules._declarations import LayerNorm
+
+if TYPE_CHECKING:
+    from polyak.analysis.maps import States
+
+NULL = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""A gain below this, relative to a random direction's, is rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros:
+    """What is lost, per sequence.
+
+    Attributes:
+        enter: basis of the inputs that are not lost, (T, c, n); None for all, or as the map says.
+        leave: basis of the outputs that are reached, (T, c', n'); None for all.
+        exact: number of singular values that are exactly 0.
+        near: number that are O(eps/variance), without them.
+        exact_gain: largest gain found along the exactly lost directions, relative to that of a
+            random direction: rounding.
+        near_gain: the same along the nearly lost ones.
+        left: the left null vectors themselves, (T, c', k): exact ones, then near ones.
+        right: the right null vectors, (T, c, k).
+        streams: names of the streams that pass a norm.
+    """
+
+    enter: Tensor | None = None
+    leave: Tensor | None = None
+    exact: int = 0
+    near: int = 0
+    exact_gain: float = 0.0
+    near_gain: float = 0.0
+    left: Tensor | None = None
+    right: Tensor | None = None
+    streams: tuple[str, ...] = ()
+
+
+def stream_zeros(map_: Linear, states: States, after: Any, rule: UpdateRule) -> Zeros:
+    """Of the full state map: two directions a token of every stream that has passed an LN.
+
+    Which of the rule's norms a stream has passed is found by trying: 1/w must be a left null vector
+    of the Jacobian, to rounding.
+
+    Raises:
+        ConfigError: a gain is 0, so that 1/w does not exist.
+    """
+    norms = [norm for name in rule.norms if isinstance(norm := getattr(rule, name), LayerNorm)]
+    found = []
+    for name, place in states.places():
+        value = getattr(after, name)[0]
+        for norm in norms:
+            if bool((norm.weight == 0).any()):
+                raise ConfigError(
+                    f"a gain of the norm of stream {name!r} is exactly 0, and its range has no "
+                    "basis of the usual kind; the spectrum of (b) is not defined for it"
+                )
+            mean, radial = _null_vectors(value, norm)
+            vectors = [_placed(vector, place, map_.outputs) for vector in (mean, radial)]
+            gains = [_gain(map_, vector) for vector in vectors]
+            if gains[0] < NULL[value.dtype]:
+                found.append((name, place, vectors, gains))
+                break
+    if not found:
+        return Zeros()
+    left = torch.stack([vectors[kind] for kind in (0, 1) for _, _, vectors, _ in found], dim=-1)
+    count = map_.tokens * len(found)
+    return Zeros(
+        leave=complement(left),
+        exact=count,
+        near=count,
+        exact_gain=max(gains[0] for *_, gains in found),
+        near_gain=max(gains[1] for *_, gains in found),
+        left=left,
+        streams=tuple(name for name, *_ in found),
+    )
+
+
+def constant_zeros(map_: Linear) -> Zeros:
+    """Of a map that reads its input through LN: the constant vector of every token.
+
+    Nothing where it is not lost, as with RMSNorm.
+    """
+    width = map_.inputs
+    constant = torch.full((map_.tokens, width), width**-0.5).to(map_.like)
+    gain = _gain(map_, constant, right=True)
+    if gain >= NULL[map_.like.dtype]:
+        return Zeros()
+    right = constant[..., None]
+    return Zeros(enter=complement(right), exact=map_.tokens, exact_gain=gain, right=right)
+
+
+def complement(vectors: Tensor) -> Tensor:
+    """Orthonormal bases of what is orthogonal to vectors, per token: (T, c, k) → (T, c, c − k)."""
+    q = torch.linalg.qr(vectors, mode="complete").Q
+    return q[..., vectors.shape[-1] :].contiguous()
+
+
+def _null_vectors(value: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    """1/w and n/w as unit vectors, (T, d) each, from v = w ∘ n + b."""
+    n = (value if norm.bias is None else value - norm.bias) / norm.weight
+    pair = ((1 / norm.weight).expand_as(value), n / norm.weight)
+    mean, radial = (vector / vector.norm(dim=-1, keepdim=True) for vector in pair)
+    return mean, radial
+
+
+def _placed(vector: Tensor, place: slice, width: int) -> Tensor:
+    whole = vector.new_zeros(len(vector), width)
+    whole[:, place] = vector
+    return whole
+
+
+def _gain(map_: Linear, vectors: Tensor, *, right: bool = False) -> float:
+    """Largest gain J gives a random sum of tokens' vectors, relative to a random direction's."""
+    generator = torch.Generator().manual_seed(0)
+    apply = map_.times if right else map_.transposed
+    width = vectors.shape[1]
+    signs = map_.random(1, 4, generator)
+    chosen = vectors[..., None] * signs
+    whole = map_.random(width, 4, generator)
+    lost, kept = (apply(z).square().sum((0, 1)).sqrt() for z in (chosen, whole))
+    lost, kept = lost / chosen.square().sum((0, 1)).sqrt(), kept / whole.square().sum((0, 1)).sqrt()
+    return float(lost.max() / kept.mean().clamp_min(1e-300))

@@ -1,0 +1,278 @@
+"""Spectra of blocks against dense Jacobians by torch.func.jacrev, for every rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jacrev
+
+from polyak import Transformer, rules
+from polyak.analysis._common import math_attention
+from polyak.analysis.chain import Chain
+from polyak.analysis.jacobian import (
+    BlockMaps,
+    Map,
+    Options,
+    block_maps,
+    persistence,
+    product,
+    spectrum,
+)
+
+TOKENS = 6
+ITERATIVE = Options(dense_below=0, tolerance=1e-10, steps=30)
+Build = Callable[..., Transformer]
+
+
+def ids(model: Transformer) -> Tensor:
+    return torch.randint(model.config.vocab_size, (TOKENS,))
+
+
+def reference(one: Map) -> Tensor:
+    """J by reverse mode through the function itself."""
+    with math_attention():
+        jacobian = jacrev(one.function)(one.point)
+    assert isinstance(jacobian, Tensor)
+    return jacobian.flatten(2).flatten(0, 1)
+
+
+def between(jacobian: Tensor, enter: Tensor | None, leave: Tensor | None) -> Tensor:
+    """Q_outᵀ J Q_in with block-diagonal Q."""
+    if leave is not None:
+        jacobian = torch.block_diag(*leave).T @ jacobian
+    return jacobian if enter is None else jacobian @ torch.block_diag(*enter)
+
+
+def close(found: float | None, expected: Tensor | float, relative: float = 1e-6) -> None:
+    assert found is not None
+    assert abs(found / float(expected) - 1) < relative, (found, float(expected))
+
+
+def parts(maps: BlockMaps) -> list[Map]:
+    return [maps.frozen, maps.full, maps.oracle]
+
+
+@pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+@pytest.mark.parametrize("rule", rules.names())
+def test_both_ends_are_those_of_a_dense_svd(rule: str, splitting: str, tiny_model: Build) -> None:
+    model = tiny_model(rule, splitting=splitting)
+    for maps in block_maps(model, ids(model)):
+        for one in parts(maps):
+            jacobian = reference(one)
+            inner = between(jacobian, one.restricted.enter, one.restricted.leave)
+            values, kept = torch.linalg.svdvals(jacobian), torch.linalg.svdvals(inner)
+            exact, found = spectrum(one), spectrum(one, ITERATIVE)
+            assert exact.method == "dense"
+            assert found.method == "pieces"
+            for result in (exact, found):
+                close(result.sigma_max.value, values[0])
+                close(result.restricted_max.value, kept[0])
+            close(exact.frobenius.value, jacobian.norm())
+            close(exact.sigma_min.value, kept[-1], 1e-6 if kept[-1] > 1e-9 * kept[0] else 1.0)
+            if found.sigma_min.kind == "value":
+                close(found.sigma_min.value, kept[-1])
+                assert found.kappa.value is not None
+                close(found.kappa.value, kept[0] / kept[-1])
+            else:  # a bound, never below the truth
+                assert found.sigma_min.high is not None
+                assert found.sigma_min.high >= kept[-1] * (1 - 1e-9)
+            for quantile, truth in zip(found.quantiles, exact.quantiles, strict=True):
+                assert quantile.low <= quantile.value <= quantile.high
+                assert truth.low == truth.value == truth.high
+
+
+@pytest.mark.parametrize("rule", rules.names())
+def test_the_bottom_of_the_state_maps_converges(rule: str, tiny_model: Build) -> None:
+    """(a) and (b) of these models are far from singular: a bound would hide a broken solve."""
+    model = tiny_model(rule)
+    for maps in block_maps(model, ids(model)):
+        for one in (maps.frozen, maps.full):
+            kept = torch.linalg.svdvals(one.restricted.dense())
+            if kept[-1] > 1e-8 * kept[0]:
+                assert spectrum(one, ITERATIVE).sigma_min.kind == "value"
+
+
+@pytest.mark.parametrize("rule", ["gradient_descent", "triple_momentum", "adamw", "soap"])
+def test_products_are_products_of_dense_matrices(rule: str, tiny_model: Build) -> None:
+    model = tiny_model(rule, num_layers=3)
+    blocks = block_maps(model, ids(model))
+    for name in ("frozen", "full"):
+        maps: list[Map] = [getattr(block, name) for block in blocks]
+        dense = torch.eye(maps[0].whole.shape[1], dtype=torch.float64)
+        for one in maps:
+            dense = reference(one) @ dense
+        whole = product(maps, f"product {name}")
+        torch.testing.assert_close(whole.whole.dense(), dense, rtol=1e-9, atol=1e-9)
+        inner = between(dense, whole.restricted.enter, whole.restricted.leave)
+        kept = torch.linalg.svdvals(inner)
+        found = spectrum(whole, ITERATIVE)
+        close(found.sigma_max.value, torch.linalg.svdvals(dense)[0])
+        if found.sigma_min.kind == "value":
+            close(found.sigma_min.value, kept[-1])
+        else:
+            assert kept[-1] < 1e-8 * kept[0]
+
+
+@pytest.mark.parametrize("rule", rules.names())
+def test_later_tokens_change_nothing_and_transposes_and_solves_agree(
+    rule: str, tiny_model: Build
+) -> None:
+    model = tiny_model(rule)
+    for maps in block_maps(model, ids(model)):
+        for one in parts(maps):
+            chain = one.whole
+            assert isinstance(chain, Chain)
+            dense = chain.dense()
+            blocks = dense.unflatten(0, (TOKENS, -1)).unflatten(2, (TOKENS, -1))
+            for i in range(TOKENS):
+                assert not blocks[i, :, i + 1 :].any()
+                torch.testing.assert_close(blocks[i, :, i], chain.diagonal[i])
+            unit = torch.eye(len(dense), dtype=torch.float64)
+            back = chain.transposed(unit.unflatten(0, (TOKENS, -1))).flatten(0, 1)
+            torch.testing.assert_close(back, dense.T, rtol=1e-9, atol=1e-9)
+        b = torch.randn(TOKENS, maps.frozen.whole.inputs, 2, dtype=torch.float64)
+        chain = maps.frozen.whole
+        assert isinstance(chain, Chain)
+        torch.testing.assert_close(chain.times(chain.solve(b)), b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            chain.transposed(chain.solve_transposed(b)), b, rtol=1e-6, atol=1e-6
+        )
+
+
+MOMENTUM = ["heavy_ball", "nesterov", "triple_momentum"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rule", MOMENTUM)
+def test_structural_zeros_are_where_and_as_many_as_predicted(
+    rule: str, bias: bool, tiny_model: Build
+) -> None:
+    eps = 1e-12  # so that the nearly lost directions stand clear of everything else
+    model = tiny_model(rule, norm_eps=eps, bias=bias)
+    for maps in block_maps(model, ids(model)):
+        zeros = maps.full.zeros
+        assert (zeros.exact, zeros.near, zeros.streams) == (TOKENS, TOKENS, ("v",))
+        u, values, _ = torch.linalg.svd(reference(maps.full))
+        assert int((values < 1e-6 * values[0]).sum()) == 2 * TOKENS
+        assert int((values < 1e-13 * values[0]).sum()) >= TOKENS
+        numeric = u[:, -2 * TOKENS :]
+        assert zeros.left is not None
+        predicted = torch.linalg.qr(torch.block_diag(*zeros.left)).Q
+        angles = torch.linalg.svdvals(numeric.T @ predicted)
+        assert angles.min() > 1 - 1e-6
+        assert zeros.exact_gain < 1e-12
+        assert zeros.near_gain < 1e-6
+
+
+def test_the_nearly_lost_direction_is_as_small_as_eps_over_the_variance(tiny_model: Build) -> None:
+    gains = []
+    for eps in (1e-3, 1e-5):
+        torch.manual_seed(0)
+        model = tiny_model("heavy_ball", norm_eps=eps)
+        torch.manual_seed(1)
+        gains.append(block_maps(model, ids(model))[1].full.zeros.near_gain)
+    assert 50 < gains[0] / gains[1] < 200
+
+
+@pytest.mark.parametrize("rule", rules.names())
+def test_the_oracle_loses_the_constant_vector_and_nothing_else(
+    rule: str, tiny_model: Build
+) -> None:
+    model = tiny_model(rule)
+    for maps in block_maps(model, ids(model)):
+        assert maps.oracle.zeros.exact == TOKENS
+        _, values, vh = torch.linalg.svd(reference(maps.oracle))
+        lost = int((values < 1e-13 * values[0]).sum())
+        assert lost >= TOKENS
+        constant = torch.block_diag(*[torch.ones(1, model.config.d_model).double()] * TOKENS)
+        constant /= math.sqrt(model.config.d_model)
+        # inside the numerical null space
+        assert (vh[-lost:] @ constant.T).norm(dim=0).min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("rule", ["gradient_descent", "adam", "rmsprop", "muon", "shampoo"])
+def test_rules_whose_streams_pass_no_norm_lose_nothing(rule: str, tiny_model: Build) -> None:
+    model = tiny_model(rule)
+    for maps in block_maps(model, ids(model)):
+        assert maps.full.zeros.exact == 0
+        assert maps.full.restricted.leave is None
+
+
+def test_a_velocity_without_norm_loses_nothing(tiny_model: Build) -> None:
+    model = tiny_model("heavy_ball", rule_options={"state_norm": "none"})
+    assert block_maps(model, ids(model))[0].full.zeros.exact == 0
+
+
+def test_the_oracle_is_looked_at_where_the_rule_looks_ahead(tiny_model: Build) -> None:
+    model = tiny_model("nesterov")
+    given = ids(model)
+    x, state = model.start(given[None])
+    mu = next(iter(model.blocks[0].rules.values())).mu
+    expected = (x + mu * state.v)[0]
+    torch.testing.assert_close(block_maps(model, given)[0].oracle.point, expected)
+
+
+def test_the_published_statistic_is_near_the_top_not_the_bottom(tiny_model: Build) -> None:
+    model = tiny_model("triple_momentum")
+    one = block_maps(model, ids(model))[1].frozen
+    values = torch.linalg.svdvals(reference(one))
+    # 72 singular values, fewer than 74 probes: the sketch is exact, so it is the 11th largest
+    for value in spectrum(one).published:
+        close(value, values[10])
+
+
+def test_same_seed_same_numbers_and_another_seed_agrees(tiny_model: Build) -> None:
+    model = tiny_model("nesterov")
+    one = block_maps(model, ids(model))[1].full
+    first, second = (spectrum(one, ITERATIVE).to_dict() for _ in range(2))
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second
+    other = spectrum(one, Options(dense_below=0, tolerance=1e-10, steps=30, seed=1))
+    assert other.published != spectrum(one, ITERATIVE).published
+    close(other.sigma_min.value, spectrum(one, ITERATIVE).sigma_min.value or 0.0)
+
+
+def test_what_has_not_converged_is_a_bound(tiny_model: Build) -> None:
+    model = tiny_model("gradient_descent", d_model=24, context_length=12)
+    one = block_maps(model, torch.randint(11, (12,)))[1].frozen
+    values = torch.linalg.svdvals(one.whole.dense())
+    found = spectrum(one, Options(dense_below=0, tolerance=1e-12, max_products=10, steps=4))
+    assert found.sigma_max.kind == "lower bound"
+    assert found.sigma_max.high is None
+    assert (found.sigma_max.low or math.inf) <= values[0] * (1 + 1e-12)
+    if found.sigma_min.kind != "value":
+        assert found.log_sigma_min.kind == "upper bound"
+        assert (found.sigma_min.high or 0.0) >= values[-1]
+        assert persistence([found.log_sigma_min]).kind == "upper bound"
+    assert found.stable_rank.kind == "upper bound"
+    assert found.kappa.kind == "lower bound"
+
+
+def test_a_map_too_large_for_pieces_gets_its_top_and_bounds(tiny_model: Build) -> None:
+    model = tiny_model("soap", num_heads=4)
+    given = ids(model)
+    exact = spectrum(block_maps(model, given)[0].full)
+    blocks = block_maps(model, given, most_bytes=1)
+    free = Options(dense_below=0, max_products=100, steps=10, published_draws=1)
+    for one, expected in (
+        (blocks[0].full, exact),
+        (product([blocks[0].frozen], "product"), spectrum(block_maps(model, given)[0].frozen)),
+    ):
+        found = spectrum(one, free)
+        assert found.method == "matrix-free"
+        close(found.sigma_max.value, expected.sigma_max.value or 0.0)
+        assert found.sigma_min.kind == "upper bound"
+        assert (found.sigma_min.value or 0.0) >= (expected.sigma_min.value or 0.0) * (1 - 1e-9)
+
+
+def test_persistence_is_the_sum_of_logarithms(tiny_model: Build) -> None:
+    model = tiny_model("triple_momentum")
+    spectra = [spectrum(maps.full) for maps in block_maps(model, ids(model))]
+    total = persistence([one.log_sigma_min for one in spectra])
+    expected = sum(math.log(one.sigma_min.value or 0.0) for one in spectra)
+    assert total.value == pytest.approx(expected)
+    assert total.kind == "value"
