@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from polyak.errors import RunError
+from polyak.errors import DivergedError, RunError
 from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.losses import Losses, difference, require_causal, summary, token_losses
 from polyak.evaluation.subjects import Subject, corpus_of
@@ -106,11 +106,20 @@ def forget(
         curve: dict[str, list[Any]] = {"step": [], "source": [], "target": []}
         _add(curve, 0, before)
         for step in range(recipe.steps):
-            loss, _ = trainer.step(step)
             done = step + 1
-            if done % recipe.eval_interval == 0 or done == recipe.steps:
-                now = measure()
-                _add(curve, done, now)
+            try:
+                loss, _ = trainer.step(step)
+                if done % recipe.eval_interval == 0 or done == recipe.steps:
+                    now = measure()
+                    _add(curve, done, now)
+            except DivergedError as error:
+                rates = f"lr={config.lr!r}"
+                if config.optimizer == "muon":
+                    rates += f" or muon_lr={config.muon_lr!r}"
+                raise DivergedError(
+                    f"{subject.name} diverged on {onto}: its loss is not finite at step {done}; "
+                    f"lower {rates}"
+                ) from error
             if progress is not None:
                 progress({"step": done, "steps": recipe.steps, "loss": loss, "curve": curve})
     lost, gained = difference(now[0], before[0]), difference(before[1], now[1])

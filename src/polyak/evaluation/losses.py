@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from polyak.data.batches import ValidationBatches
 from polyak.data.shards import TokenFile
-from polyak.errors import ConfigError, RunError
+from polyak.errors import ConfigError, DivergedError, RunError
 from polyak.evaluation.subjects import BATCH, Subject, corpus_name, corpus_of, side_of
 
 Array = NDArray[np.float64]
@@ -134,7 +134,8 @@ def token_losses(
     Raises:
         ConfigError: `tokens` is less than one block, or `stride` is not from 1 to T.
         DataError: the corpus is missing, too short, or has another tokenizer.
-        RunError: the model is not causal, or its losses are not finite.
+        RunError: the model is not causal.
+        DivergedError: its losses are not finite.
     """
     require_causal(subject)
     length = subject.context_length
@@ -159,7 +160,7 @@ def token_losses(
             tick(len(group) * group[0].scored)
     nats = nats.reshape(targets.shape)
     if not np.isfinite(nats).all():
-        raise RunError(
+        raise DivergedError(
             f"{subject.name} has losses that are not finite on {corpus_name(prepared)}; its "
             "weights are damaged, or its training diverged"
         )

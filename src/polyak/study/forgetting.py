@@ -111,7 +111,12 @@ class _Study:
                 row.update(read_json(part), status="finished")
             else:
                 row["status"] = "running"
-                found = forget(subject, self.config.onto, self.config, self._teller(subject, row))
+                teller = self._teller(subject, row)
+                try:
+                    found = forget(subject, self.config.onto, self.config, teller)
+                except BaseException:
+                    self._write()  # with the curve so far
+                    raise
                 write_json(part, found)
                 row.update(found, status="finished")
             self.done += 1
@@ -122,11 +127,11 @@ class _Study:
 
     def _teller(self, subject: Subject, row: dict[str, Any]) -> Any:
         def tell(message: dict[str, Any]) -> None:
+            row["curve"] = message["curve"]
             share = message["step"] / message["steps"]
             if self.progress is not None:
                 words = f"{subject.name}, step {message['step']:,}"
                 self.progress((self.done + share) / len(self.subjects), words)
-            row["curve"] = message["curve"]
             if time.monotonic() - self.written > 10:  # what there is if it is killed
                 self._write()
 
