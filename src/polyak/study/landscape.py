@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from polyak.analysis.config import SharpnessConfig
+from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import RunError
 from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
@@ -26,11 +27,12 @@ from polyak.evaluation.subjects import Subject, corpus_of, load_subject, token_s
 from polyak.files import locked, make_folder, sha256_of, write_atomic, write_json
 from polyak.study import run_report
 from polyak.study.landscape_config import LandscapeConfig
-from polyak.study.landscape_results import Property, complete
+from polyak.study.landscape_results import Property, complete, value_of
 from polyak.study.pages import check_out
 from polyak.study.parts import Found, Part, Tick, expected, measure_all
 from polyak.study.run_rows import read_run
 from polyak.study.sharpness import sharpness_of
+from polyak.study.spectrum import persistence_of, spectrum_of, tokens_of
 from polyak.training.run_folders import find_runs, short_names
 
 KIND = "landscape"
@@ -324,9 +326,31 @@ class _Study:
     def _spectrum(
         self, subject: Subject, speed: float
     ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
-        from polyak.study.spectrum import spectrum_of
+        wanted = SpectrumConfig(
+            length=self.config.spectrum_length,
+            parts="a,b",
+            quantiles=(0.5,),
+            seed=self.config.seed,
+            device="cpu" if self.config.device == "auto" else self.config.device,
+        )
+        tokens = tokens_of(subject, wanted)
+        settings = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
+        del settings["out"], settings["device"]
+        key = {"fingerprint": tokens.fingerprint, **settings}
+        layers = subject.settings["model"]["num_layers"]
+        work = SEQUENCES * layers * tokens.tokens / speed
 
-        raise NotImplementedError
+        def measure(tick: Tick) -> Found:
+            found = spectrum_of(subject, tokens, wanted, lambda share, _: tick(share))
+            gains = persistence_of(found)
+            by_name = {"frozen": gains["a"]["0"], "full": gains.get("b", gains["a"])["0"]}
+            return {
+                "spectra": found,
+                "persistence": by_name,
+                "persistence_value": {n: value_of(g["total"]) for n, g in by_name.items()},
+            }
+
+        return key, work, measure
 
 
 def _tokens_per_second(subject: Subject) -> float:

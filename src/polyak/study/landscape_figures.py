@@ -37,6 +37,8 @@ def scatter(axes: Axes, results: Mapping[str, Any], x: str, y: str) -> bool:
     for side, column in (("x", every[:, 0]), ("y", every[:, 1])):
         if column.min() > 0 and column.max() > 10 * column.min():
             getattr(axes, f"set_{side}scale")("log")
+        else:
+            getattr(axes, f"{side}axis").set_major_locator(MaxNLocator(nbins=4))
     axes.set_xlabel(labels[x])
     axes.set_ylabel(labels[y])
     axes.margins(0.08)

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from polyak.study import landscape_figures, svg
-from polyak.study.landscape_results import number, sentence
+from polyak.study.landscape_results import number, sentence, value_of
 from polyak.study.pages import environment, machine_of
 from polyak.study.table import house_table
 from polyak.study.words import folded, plural
@@ -70,21 +70,12 @@ def models(results: Mapping[str, Any]) -> str:
 
 def layers(results: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
     """ln σ_min by layer of every run, for the maps with frozen streams and of the full state."""
-    return {
-        name: [
-            [
-                _value((block.get(name) or {}).get("log_sigma_min"))
-                for block in (run["measured"].get("spectrum") or {}).get("blocks", [])
-            ]
-            for run in results["runs"]
-        ]
-        for name in ("frozen", "full")
-    }
+    return {name: [_by_layer(run, name) for run in results["runs"]] for name in ("frozen", "full")}
 
 
-def _value(estimate: Mapping[str, Any] | None) -> float | None:
-    """An estimate's value; None for a bound."""
-    return None if not estimate or estimate.get("kind") != "value" else estimate["value"]
+def _by_layer(run: Mapping[str, Any], name: str) -> list[float | None]:
+    measured = run["measured"].get("spectrum")
+    return [value_of(log) for log in measured["persistence"][name]["layers"]] if measured else []
 
 
 def tables(results: Mapping[str, Any]) -> RenderableType:

@@ -68,6 +68,12 @@ def complete(results: Mapping[str, Any], properties: Sequence[Property]) -> dict
     return filled
 
 
+def value_of(estimate: Mapping[str, Any] | None) -> float | None:
+    """An estimate's value; None where it is a bound."""
+    known = estimate is not None and estimate.get("kind") == "value"
+    return estimate["value"] if known and estimate is not None else None
+
+
 def table_of(results: Mapping[str, Any], key: str) -> tuple[np.ndarray, list[int]]:
     """(entries, seeds) values of a property, NaN where there is none, and the seeds in order."""
     names = [entry["name"] for entry in results["entries"]]
