@@ -145,7 +145,8 @@ class _NumericMomentumNorm(torch.autograd.Function):
         ratio = beta / gamma
         inputs = beta, v, gamma, u - ratio * v, weight, bias
         grad = torch.zeros_like(u) if grad is None else grad
-        by_beta, by_v, by_gamma, by_g, *affine = _momentum_norm_gradients(grad, inputs, ctx.eps)
+        found: tuple[Any, ...] = _momentum_norm_gradients(grad, inputs, ctx.eps)
+        by_beta, by_v, by_gamma, by_g, *affine = found
         if by_u is not None:  # u's own gradient: of g + (β/γ)v
             along = dot(by_u, v).reshape(beta.shape) / gamma
             by_beta, by_v = by_beta + along, by_v + ratio * by_u
@@ -162,7 +163,8 @@ def _numeric_gradients(
     by_g, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
     by_beta = dot(by_g, v) / gain
     # see _momentum_norm_gradients; Σ rstd²·⟨grad, y⟩ is ⟨weight, its gradient were rstd cubed⟩
-    cubed = layer_norm_backward(grad, u, weight, None, mean, rstd**3, input_too=False)[1]
+    _, cubed, _ = layer_norm_backward(grad, u, weight, None, mean, rstd**3, input_too=False)
+    assert cubed is not None, "the weight is never None"
     along_u = (eps / gain**2) * torch.dot(weight, cubed)
     by_gamma = (along_u - beta * by_beta) / gain
     by_v = (number(beta) / gain) * by_g
