@@ -264,3 +264,36 @@ def test_single_precision_keeps_the_tiny_gradient_of_gamma_at_zero_velocity() ->
     doubled = tuple(a.double() for a in arguments)
     exact = value_and_gradients(pair.reference, doubled, cotangent.double())
     assert abs(float(fast[3] / exact[3]) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.7, 20.0])
+def test_momentum_norm_at_any_size_of_gamma_has_the_gradients_of_the_reference(
+    gamma: float,
+) -> None:
+    # small γ takes another form: the fast one divides by it
+    pair = next(p for p in PAIRS if p.name == "momentum_norm")
+    beta, v, _, g, weight, bias = inputs(pair, n=3)
+    arguments = (beta, v, torch.full_like(beta, gamma), 0.01 * g, weight, bias)
+    cotangent = torch.randn_like(v)
+
+    def gradients_of_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [a.detach().clone().requires_grad_() for a in arguments]
+        first = torch.autograd.grad(function(*leaves), leaves, cotangent, create_graph=True)
+        cubes = torch.stack([(slope**3).sum() for slope in first]).sum()
+        return [*first, *torch.autograd.grad(cubes, leaves[:-1])]
+
+    fast, reference = (
+        [slope.detach() for slope in gradients_of_gradients(form)]
+        for form in (pair.fast, pair.reference)
+    )
+    assert max(map(relative, fast, reference)) < 1e-8
+
+
+def test_momentum_norm_can_be_gone_back_through_twice() -> None:
+    pair = next(p for p in PAIRS if p.name == "momentum_norm")
+    leaves = [a.requires_grad_() for a in inputs(pair, n=3)]
+    value = pair.fast(*leaves)
+    cotangent = torch.randn_like(value)
+    first = torch.autograd.grad(value, leaves, cotangent, retain_graph=True)
+    second = torch.autograd.grad(value, leaves, cotangent)
+    assert all(map(torch.equal, first, second))

@@ -1,7 +1,7 @@
 """LN(βv + γg): how the momentum rules update their velocity, in one op.
 
-Only inputs and the result are kept for the gradient (and each row's mean and deviation);
-βv + γg is computed anew, which costs a pass over memory, much less than keeping it.
+No more is kept for the gradient than inputs and the result would take (and each row's mean and
+deviation): βv + γg is computed anew, or kept in g's place.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ def momentum_norm(
     """
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return momentum_norm_reference(beta, v, gamma, g, weight, bias, eps)
-    form = _NumericMomentumNorm if _numbers_serve(beta, v, gamma, g) else _MomentumNorm
-    result: Tensor = apply(form, beta, v, gamma, g, weight, bias, eps)
+    inputs = beta, v, gamma, g, weight, bias
+    result: Tensor
+    if weight is not None and _numbers_serve(beta, v, gamma, g):
+        result, _ = apply(_NumericMomentumNorm, *inputs, eps)
+    else:
+        result = apply(_MomentumNorm, *inputs, eps)
     return result
 
 
@@ -101,14 +105,16 @@ def _momentum_norm_gradients(
 
 def _numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
     """Whether β and γ can be read as numbers, and γ is large enough to divide by."""
-    return readable((beta, gamma), v, g) and number(gamma) > 1e-3 * abs(number(beta)) + 1e-6
+    return readable((beta, gamma), v, g) and 8 * number(gamma) > abs(number(beta)) + 1e-5
 
 
 class _NumericMomentumNorm(torch.autograd.Function):
     """LN(βv + γg) with fewer passes over memory, β and γ being numbers that can be read.
 
-    LN with eps of γu equals LN with eps/γ² of u, so the input is taken as g + (β/γ)v, which is one
-    pass; torch's kernel for its gradient then gives γū, the gradient with respect to g, at once.
+    LN with eps of γu equals LN with eps/γ² of u, so the input is taken as u = g + (β/γ)v, which is
+    one pass; torch's kernel for its gradient then gives γū, the gradient with respect to g, at
+    once.  u is kept in g's place, which nothing else needs when it comes from a linear map; it is
+    an output so that gradients computed from it can be differentiated again.
     """
 
     @staticmethod
@@ -118,42 +124,48 @@ class _NumericMomentumNorm(torch.autograd.Function):
         v: Tensor,
         gamma: Tensor,
         g: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         bias: Tensor | None,
         eps: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         gain, ctx.eps = number(gamma), eps
         u = torch.add(g, v, alpha=number(beta) / gain)
         y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
-        ctx.save_for_backward(beta, v, gamma, g, weight, bias, y, mean, rstd)
-        return y
+        ctx.save_for_backward(beta, v, gamma, u, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, u
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, moments = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        if to_differentiate(grad, *inputs[:4]) or in_legacy_vmap(grad, *inputs[:4]):
-            return *_momentum_norm_gradients(grad, inputs, ctx.eps), None
-        return *_numeric_gradients(grad, inputs, moments, ctx.eps), None
+    def backward(ctx: Any, grad: Tensor | None, by_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        beta, v, gamma, u, weight, bias = ctx.saved_tensors[:6]
+        at = [t for t in (grad, beta, v, gamma, u) if t is not None]
+        again = by_u is not None or to_differentiate(*at) or in_legacy_vmap(*at)
+        if grad is not None and not again:
+            return *_numeric_gradients(grad, ctx.saved_tensors, ctx.eps), None
+        ratio = beta / gamma
+        inputs = beta, v, gamma, u - ratio * v, weight, bias
+        grad = torch.zeros_like(u) if grad is None else grad
+        found: tuple[Any, ...] = _momentum_norm_gradients(grad, inputs, ctx.eps)
+        by_beta, by_v, by_gamma, by_g, *affine = found
+        if by_u is not None:  # u's own gradient: of g + (β/γ)v
+            along = dot(by_u, v).reshape(beta.shape) / gamma
+            by_beta, by_v = by_beta + along, by_v + ratio * by_u
+            by_gamma, by_g = by_gamma - ratio * along, by_g + by_u
+        return by_beta, by_v, by_gamma, by_g, *affine, None
 
 
 def _numeric_gradients(
-    grad: Tensor, inputs: tuple[Any, ...], moments: tuple[Tensor, ...], eps: float
+    grad: Tensor, saved: tuple[Any, ...], eps: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `_NumericMomentumNorm` with respect to its six tensors."""
-    beta, v, gamma, g, weight, bias = inputs
-    y, mean, rstd = moments
+    beta, v, gamma, u, weight, bias, mean, rstd = saved
     gain = number(gamma)
-    ratio = number(beta) / gain
-    u = torch.add(g, v, alpha=ratio)
     by_g, *affine = layer_norm_backward(grad, u, weight, bias, mean, rstd)
     by_beta = dot(by_g, v) / gain
-    if 4 * gain >= number(beta):  # see _momentum_norm_gradients
-        along = torch.linalg.vecdot(grad, y)
-        if bias is not None:
-            along = along - grad @ bias
-        along_u = (eps / gain**2) * (rstd.square().squeeze(-1) * along).sum()
-        by_gamma = (along_u - beta * by_beta) / gain
-    else:
-        by_gamma = dot(by_g, g) / gain
-    by_v = torch.mul(by_g, ratio, out=u)  # u is not needed any more
+    # see _momentum_norm_gradients; Σ rstd²·⟨grad, y⟩ is ⟨weight, its gradient were rstd cubed⟩
+    _, cubed, _ = layer_norm_backward(grad, u, weight, None, mean, rstd**3, input_too=False)
+    assert cubed is not None, "the weight is never None"
+    along_u = (eps / gain**2) * torch.dot(weight, cubed)
+    by_gamma = (along_u - beta * by_beta) / gain
+    by_v = (number(beta) / gain) * by_g
     return by_beta.reshape(beta.shape), by_v, by_gamma.reshape(gamma.shape), by_g, *affine

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyak.ops.autograd import apply, plain_form_needed, to_differentiate
+from polyak.ops.autograd import (
+    apply,
+    in_legacy_vmap,
+    plain_form_needed,
+    readable,
+    to_differentiate,
+)
 from polyak.ops.reference import layer_norm_reference
 
 
@@ -25,8 +31,30 @@ def layer_norm(u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return F.layer_norm(u, u.shape[-1:], weight, bias, eps)
     if plain_form_needed():
         return layer_norm_reference(u, weight, bias, eps)
-    result: Tensor = apply(_LayerNorm, u, weight, bias, eps)
+    affine = [t for t in (weight, bias) if t is not None]
+    form = _KeepingLayerNorm if readable(affine, u) else _LayerNorm
+    result: Tensor = apply(form, u, weight, bias, eps)
     return result
+
+
+class _KeepingLayerNorm(torch.autograd.Function):
+    """`_LayerNorm`, with each row's mean and deviation kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps)
+        ctx.save_for_backward(u, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, bias, mean, rstd = ctx.saved_tensors
+        if to_differentiate(grad, u) or in_legacy_vmap(grad, u):
+            return *layer_norm_gradients(grad, u, weight, bias, ctx.eps), None
+        return *layer_norm_backward(grad, u, weight, bias, mean, rstd), None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -71,10 +99,17 @@ def layer_norm_gradients(
 
 
 def layer_norm_backward(
-    grad: Tensor, u: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    input_too: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """torch's kernel for the gradients of LN, given the mean and 1/√(var + eps) of each row."""
-    mask = (True, weight is not None, bias is not None)
+    mask = (input_too, weight is not None, bias is not None)
     kernel: Any = torch.ops.aten.native_layer_norm_backward
     by_u, by_weight, by_bias = kernel(grad, u, u.shape[-1:], mean, rstd, weight, bias, mask)
     return by_u, by_weight, by_bias
