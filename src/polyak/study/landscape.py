@@ -121,11 +121,21 @@ PROPERTIES = (
         2,
     ),
     Property(
+        "persistence_later",
+        "persistence, frozen streams, from layer 2",
+        "spectrum",
+        ("persistence_later",),
+        "The same without the first layer, whose σ_min is often too small for more than a bound: "
+        "it acts on small embeddings.",
+        2,
+    ),
+    Property(
         "persistence_full",
         "persistence, full state",
         "spectrum",
         ("persistence_value", "full"),
-        "Σ over layers of ln σ_min of the whole state's map, without structural zeros.",
+        "Σ over layers of ln σ_min of the whole state's map, without structural zeros; of a rule "
+        "without streams, the map x → x.",
         2,
     ),
 )
@@ -344,8 +354,13 @@ class _Study:
             found = spectrum_of(subject, tokens, wanted, lambda share, _: tick(share))
             gains = persistence_of(found)
             by_name = {"frozen": gains["a"]["0"], "full": gains.get("b", gains["a"])["0"]}
+            later = [value_of(log) for log in by_name["frozen"]["layers"][1:]]
+            known = [value for value in later if value is not None]
             return {
                 "spectra": found,
+                "persistence_later": math.fsum(known)
+                if known and len(known) == len(later)
+                else None,
                 "persistence": by_name,
                 "persistence_value": {n: value_of(g["total"]) for n, g in by_name.items()},
             }

@@ -18,7 +18,11 @@ from polyak.study.words import folded, plural
 
 PAIRS = {
     "loss": (("loss", "other_loss"),),
-    "persistence": (("persistence_frozen", "loss"), ("persistence_full", "loss")),
+    "persistence": (
+        ("persistence_frozen", "loss"),
+        ("persistence_later", "loss"),
+        ("persistence_full", "loss"),
+    ),
     "flatness": (
         ("trace", "loss"),
         ("trace", "forgetting"),
