@@ -12,14 +12,13 @@ without the outliers that make the variance (the idea of Hutch++, arXiv:2010.096
 that the ends have paid for already). Both use the same products: with w = Pz,
 Hw = Hz − (HUᵀ)(Uz).
 
-The number of probes is chosen by a pilot whose samples are then thrown away, so the interval is
-Student's on a number of fresh, independent samples that does not depend on them: stopping early
-does not spoil its coverage.
+The interval is in two stages, after Stein (1945): a pilot's standard deviation gives the number n
+of fresh probes for the wanted half-width. The estimate is the mean of the fresh probes alone, which
+does not depend on n, so stopping early does not spoil the coverage (`intervals.two_stage`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +27,13 @@ import torch
 from torch import Tensor
 
 from polyak.analysis.hessian import Operator
-from polyak.analysis.intervals import FEWEST, Interval, needed, student
+from polyak.analysis.intervals import FEWEST, Interval, needed, two_stage
 from polyak.errors import ConfigError
 
-PILOT = 10
+PILOT = 20
 """Probes that choose how many follow."""
+MARGIN = 0.8
+"""Of the target, for the pilot's errors about the trace and the spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +118,18 @@ def trace(
         w = z - vectors.T @ inside
         return plain, float(w @ (image - images.T @ inside))
 
-    pilot = np.array([sample(probe)[1] for probe in range(PILOT)])
-    about = known + float(pilot.mean())
-    spread = float(pilot.std(ddof=1))
-    target = precision * abs(about)
-    count = needed(spread, PILOT, target, max_probes) if math.isfinite(target) else FEWEST
-    samples = [sample(probe) for probe in range(PILOT, PILOT + count)]
-    deflated = student([rest for _, rest in samples], known)
+    pilot = [sample(probe) for probe in range(PILOT)]
+    rest = [deflated for _, deflated in pilot]
+    target = MARGIN * precision * abs(known + float(np.mean(rest)))
+    count = needed(float(np.std(rest, ddof=1)), PILOT, target, max_probes)
+    fresh = [sample(probe) for probe in range(PILOT, PILOT + count)]
+    plain, deflated = (
+        two_stage([s[place] for s in pilot], [s[place] for s in fresh], offset)
+        for place, offset in ((0, 0.0), (1, known))
+    )
     return Trace(
         deflated=deflated,
-        hutchinson=student([plain for plain, _ in samples]),
+        hutchinson=plain,
         deflated_directions=0 if vectors is None else len(vectors),
         size=size,
         precision=precision,
