@@ -1,8 +1,8 @@
 r"""Causal linear maps kept in pieces: products, transposed products, and solves.
 
 A `Chain` is Q_outᵀ P_n ⋯ P_1 Q_in, with pieces P (see `cut`) and bases Q of every token's
-input and output. It is block lower-triangular over positions, J = [J_ij], J_ij = 0 for j > i, and no
-block below the diagonal is ever formed. A solve is forward substitution, token by token and
+input and output. It is block lower-triangular over positions, J_ij = 0 for j > i, and no block
+below the diagonal is ever formed. A solve is forward substitution, token by token and
 through all pieces at once: token i's earlier tokens are known, hence what attention adds at every
 piece; what remains is the small system of the diagonal block J_ii. A transposed solve goes
 from the last token to the first. Memory is O(T c²) a piece, not O(T² c²).

@@ -126,8 +126,8 @@ def _compare(name: str, chain: Chain, function: MapFunction, point: Tensor) -> N
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-300))
     if not error <= AGREE[point.dtype]:
         raise ConfigError(
-            f"{name}: tokens see each other outside of scaled_dot_product_attention, so its Jacobian "
-            f"cannot be taken apart (a derivative differs by {error:.0e}); load Hugging Face "
+            f"{name}: tokens see each other outside of scaled_dot_product_attention, so its "
+            f"Jacobian cannot be taken apart (a derivative differs by {error:.0e}); load Hugging Face "
             "models with attn_implementation='sdpa'"
         )
 
