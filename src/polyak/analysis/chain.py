@@ -175,7 +175,7 @@ def _transposed(piece: Piece, u: Tensor) -> Tensor:
 def _parts(a: Attention, kv: Tensor) -> tuple[Tensor, Tensor]:
     """(T, H·(D + V), m) → dk (H, m, T, D) and dv (H, m, T, V)."""
     heads, _, width = a.q.shape
-    k, v = kv.split([heads * width, heads * a.v.shape[2]], dim=1)
+    k, v = torch.split(kv, [heads * width, heads * a.v.shape[2]], dim=1)
     dk, dv = (
         part.unflatten(1, (heads, -1)).permute(1, 3, 0, 2)  # type: ignore[no-untyped-call]
         for part in (k, v)
