@@ -95,7 +95,7 @@ def test_intervals_of_quantiles_cover_the_truth() -> None:
         for quantile in found:
             truth = ordered[math.ceil(quantile.q * size) - 1]
             missed += not quantile.low <= truth <= quantile.high
-            assert quantile.high / quantile.low < 2  # and they say something
+            assert quantile.high / quantile.low < 3  # and they say something
     assert missed <= 10  # of 100, at a nominal 5
 
 

@@ -70,7 +70,16 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
 
 def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["spectrum", str(runs / "triple_momentum"), "--sequences", "20", "--out", str(out)]
+    words = [
+        "spectrum",
+        str(runs / "triple_momentum"),
+        "--sequences",
+        "6",
+        "--parts",
+        "a,b",
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         command(*words), env=environment(runs / "cache"), stderr=subprocess.PIPE, text=True
     )
@@ -92,7 +101,7 @@ def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) 
     assert main([*words]) == 0
     after = results_of(out)
     assert after["status"] == "complete"
-    assert len(after["runs"][0]["found"]) == 20 * 8 > len(kept)
+    assert len(after["runs"][0]["found"]) == 6 * 4 > len(kept)
     for key, found in kept.items():  # with its seconds: not measured again
         assert after["runs"][0]["found"][key] == found
 

@@ -1,8 +1,8 @@
 r"""Causal linear maps kept in pieces: products, transposed products, and solves.
 
 A `Chain` is Q_outᵀ P_n ⋯ P_1 Q_in, with pieces P (see `cut`) and bases Q of every token's
-input and output. It is block lower-triangular over positions, J = [J_ij], J_ij = 0 for j > i, and no
-block below the diagonal is ever formed. A solve is forward substitution, token by token and
+input and output. It is block lower-triangular over positions, J_ij = 0 for j > i, and no block
+below the diagonal is ever formed. A solve is forward substitution, token by token and
 through all pieces at once: token i's earlier tokens are known, hence what attention adds at every
 piece; what remains is the small system of the diagonal block J_ii. A transposed solve goes
 from the last token to the first. Memory is O(T c²) a piece, not O(T² c²).
@@ -175,7 +175,7 @@ def _transposed(piece: Piece, u: Tensor) -> Tensor:
 def _parts(a: Attention, kv: Tensor) -> tuple[Tensor, Tensor]:
     """(T, H·(D + V), m) → dk (H, m, T, D) and dv (H, m, T, V)."""
     heads, _, width = a.q.shape
-    k, v = kv.split([heads * width, heads * a.v.shape[2]], dim=1)
+    k, v = torch.split(kv, [heads * width, heads * a.v.shape[2]], dim=1)
     dk, dv = (
         part.unflatten(1, (heads, -1)).permute(1, 3, 0, 2)  # type: ignore[no-untyped-call]
         for part in (k, v)

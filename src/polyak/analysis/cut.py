@@ -191,7 +191,7 @@ def _closed_form(
         parts = (scale * by_q[head], scale * by_k[head], by_v[head])
         within[:, head, :, :, head] = torch.cat(parts, dim=-1)
     # columns in the order in which q, k and v are kept: (q of all heads, k, v)
-    parts_of = within.split([width, width, v.shape[-1]], dim=3)
+    parts_of = torch.split(within, [width, width, v.shape[-1]], dim=3)
     columns = [part.transpose(3, 4).flatten(3).flatten(1, 2) for part in parts_of]
     return scale * q, v, weights.tril(-1), torch.cat(columns, dim=-1), _by_token(o)
 
@@ -205,7 +205,7 @@ def _per_token(
     rows: list[int] = []
 
     def local(inputs: Tensor) -> Tensor:
-        own, *given = inputs.split(widths, dim=-1)
+        own, *given = torch.split(inputs, widths, dim=-1)
         player = _Player(given)
         with player:
             out = function(own)

@@ -118,8 +118,10 @@ class Free(Linear):
     ) -> None:
         self.function, self.point = function, point
         with math_attention():
-            out, self._pull = vjp(function, point)
-        super().__init__(*point.shape, out.shape[1], point, enter, leave)
+            found = vjp(function, point)
+        out, self._pull = found[0], found[1]
+        tokens, inputs = point.shape
+        super().__init__(tokens, inputs, out.shape[1], point, enter, leave)
 
     def times(self, z: Tensor) -> Tensor:
         """J z, a column at a time."""

@@ -126,9 +126,9 @@ def _compare(name: str, chain: Chain, function: MapFunction, point: Tensor) -> N
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-300))
     if not error <= AGREE[point.dtype]:
         raise ConfigError(
-            f"{name}: tokens see each other outside of scaled_dot_product_attention, so its Jacobian "
-            f"cannot be taken apart (a derivative differs by {error:.0e}); load Hugging Face "
-            "models with attn_implementation='sdpa'"
+            f"{name}: tokens see each other outside of scaled_dot_product_attention, so its "
+            f"Jacobian cannot be taken apart (a derivative differs by {error:.0e}); load "
+            "Hugging Face models with attn_implementation='sdpa'"
         )
 
 
@@ -171,7 +171,7 @@ class States:
     def unpack(self, z: Tensor) -> tuple[Tensor, Any]:
         """(T, c) → x (1, T, d) and the streams."""
         widths = [self.d, *(self.width(name) for name in self.names)]
-        x, *values = z.split(widths, dim=-1)
+        x, *values = torch.split(z, widths, dim=-1)
         for place, name in enumerate(self.names):
             if self.matrices[name]:
                 values[place] = self._matrix(values[place])
@@ -227,7 +227,7 @@ def block_maps(
     check_model(model, torch.cat([ids, ids[:, :1]], dim=1))  # whose last column is a target
     model = copy.deepcopy(model).to(dtype).requires_grad_(False)
     with torch.no_grad():
-        found = _blocks if isinstance(model, Transformer) else _plain_blocks
+        found: Any = _blocks if isinstance(model, Transformer) else _plain_blocks
         blocks = list(found(model, ids))
     for maps in blocks:
         for one in (maps.frozen, maps.full, maps.oracle):

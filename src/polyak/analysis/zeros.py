@@ -114,7 +114,7 @@ def constant_zeros(map_: Linear) -> Zeros:
 
 def complement(vectors: Tensor) -> Tensor:
     """Orthonormal bases of what is orthogonal to vectors, per token: (T, c, k) → (T, c, c − k)."""
-    q = torch.linalg.qr(vectors, mode="complete").Q
+    q: Tensor = torch.linalg.qr(vectors, mode="complete").Q
     return q[..., vectors.shape[-1] :].contiguous()
 
 
