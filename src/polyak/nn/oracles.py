@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak.nn.config import ModelConfig
+from polyak.nn.context import Context
 from polyak.nn.norms import norm
 
 
@@ -27,14 +28,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d, 3 * d, bias=config.bias)
         self.out = nn.Linear(d, d, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d); with a context, padding is not seen and cached keys are."""
         dropout = self.dropout if self.training else 0.0
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        mask, causal = None, self.causal
+        if context is not None:
+            k, v = context.extend(k, v)
+            mask, causal = context.mask, causal and context.mask is None and not context.past
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+        )
         return F.dropout(self.out(y.transpose(1, 2).flatten(-2)), dropout)
 
 

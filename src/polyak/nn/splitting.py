@@ -8,9 +8,12 @@ With oracles A (attention) and M (MLP), one layer of a rule S(x; O) is
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from polyak.nn.config import Splitting
+from polyak.nn.context import Context
 from polyak.nn.oracles import MLP, Attention
 from polyak.rules import Oracle
 
@@ -21,11 +24,14 @@ SUBSTEPS: dict[Splitting, tuple[str, ...]] = {
 """Names of a layer's substeps, in order."""
 
 
-def oracle_of(substep: str, attention: Attention, mlp: MLP) -> Oracle:
+def oracle_of(
+    substep: str, attention: Attention, mlp: MLP, context: Context | None = None
+) -> Oracle:
     """The oracle that a substep calls: (B, T, d) → (B, T, d)."""
+    attend: Oracle = attention if context is None else partial(attention, context=context)
 
     def both(x: Tensor) -> Tensor:
-        return attention(x) + mlp(x)  # type: ignore[no-any-return]
+        return attend(x) + mlp(x)  # type: ignore[no-any-return]
 
-    oracles: dict[str, Oracle] = {"attention": attention, "mlp": mlp, "layer": both}
+    oracles: dict[str, Oracle] = {"attention": attend, "mlp": mlp, "layer": both}
     return oracles[substep]

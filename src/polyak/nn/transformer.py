@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak import rules
-from polyak.errors import ConfigError
+from polyak.nn.cache import Cache
 from polyak.nn.config import ModelConfig
+from polyak.nn.context import Context, context_of
 from polyak.nn.norms import norm
 from polyak.nn.oracles import MLP, Attention
 from polyak.nn.splitting import SUBSTEPS, oracle_of
@@ -27,9 +28,15 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.context_length, config.d_model)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token plus position vectors."""
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
+    def forward(self, input_ids: Tensor, context: Context | None = None) -> Tensor:
+        """Token plus position vectors; positions count from 0 unless the context says else."""
+        if context is None:
+            positions = self.positions.weight[: input_ids.shape[1]]
+        elif context.positions is None:
+            positions = self.positions.weight[context.past : context.length]
+        else:
+            positions = self.positions(context.positions)
+        x = self.tokens(input_ids) + positions
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -54,11 +61,13 @@ class Block(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State, context: Context | None = None
+    ) -> tuple[Tensor, State]:
         """One step of the rule per substep; x is (B, T, d)."""
         rule: UpdateRule
         for substep, rule in self.rules.items():  # type: ignore[assignment]  # a Module to torch
-            x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp))
+            x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp, context))
         return x, state
 
 
@@ -121,37 +130,81 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Embedding):
                 _draw_normal(module.weight, 0.02, generator)
 
-    def start(self, input_ids: Tensor) -> tuple[Tensor, State]:
-        """x (B, T, d) and the rule's streams before the first block, from ids (B, T)."""
-        x = self.embedding(input_ids)
-        starts = {stream.name: self._start(stream, input_ids, x) for stream in self.rule.streams}
-        return x, self.rule.State(**starts)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, vocab) for the token after each position of ids (B, T).
 
+        Args:
+            input_ids: the tokens; with a cache, those after the cached ones.
+            attention_mask: (B, S), true or 1 for real tokens and false or 0 for padding, which
+                nothing attends to; S counts cached tokens too.
+            position_ids: (B, T); default 0, 1, … from the first real token.
+            cache: keys and values of the tokens before, to which those of these are appended:
+                `polyak.nn.cache.KeyValueCache`, or a cache of transformers.
+
         Raises:
-            ConfigError: the sequence is longer than the context.
+            ConfigError: the sequence is longer than the context, or an argument does not fit.
         """
-        logits: Tensor = self.head(self.features(input_ids))
+        logits: Tensor = self.head(
+            self.features(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache
+            )
+        )
         return logits
 
-    def features(self, input_ids: Tensor) -> Tensor:
+    def features(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """What the output matrix is applied to: the last block's x after the final norm (B, T, d).
 
-        Raises:
-            ConfigError: the sequence is longer than the context.
+        Arguments and errors are those of `forward`.
         """
-        if input_ids.shape[1] > self.config.context_length:
-            raise ConfigError(
-                f"a sequence of {input_ids.shape[1]} tokens is longer than "
-                f"context_length={self.config.context_length}; shorten it"
-            )
-        x, state = self.start(input_ids)
+        context = self.context(input_ids, attention_mask, position_ids, cache)
+        x, state = self._start(input_ids, context)
         for block in self.blocks:
-            x, state = block(x, state)
+            x, state = block(x, state, context)
         features: Tensor = self.norm(x)
         return features
+
+    def start(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, d) and the rule's streams before the first block, from ids (B, T).
+
+        Arguments and errors are those of `forward`.
+        """
+        context = self.context(input_ids, attention_mask, position_ids, cache)
+        return self._start(input_ids, context)
+
+    def context(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Context | None:
+        """What `forward` passes to every block, for passes that go from block to block.
+
+        None where there is nothing to pass: whole sequences without padding. One context serves
+        one pass. Arguments and errors are those of `forward`.
+        """
+        return context_of(self.config, input_ids, attention_mask, position_ids, cache)
 
     def scalars(self) -> dict[str, dict[str, list[float]]]:
         """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`."""
@@ -165,9 +218,16 @@ class Transformer(nn.Module):
     def _learned(self, stream: Stream) -> bool:
         return stream.start == "embedding" and self.config.stream_start is None
 
-    def _start(self, stream: Stream, input_ids: Tensor, x: Tensor) -> Tensor:
+    def _start(self, input_ids: Tensor, context: Context | None) -> tuple[Tensor, State]:
+        x = self.embedding(input_ids, context)
+        starts = {s.name: self._start_of(s, input_ids, x, context) for s in self.rule.streams}
+        return x, self.rule.State(**starts)
+
+    def _start_of(
+        self, stream: Stream, input_ids: Tensor, x: Tensor, context: Context | None
+    ) -> Tensor:
         if self._learned(stream):
-            start: Tensor = self.streams[stream.name](input_ids)
+            start: Tensor = self.streams[stream.name](input_ids, context)
             return start
         if stream.start == "embedding":  # the control: no tables of its own
             return torch.zeros_like(x)
