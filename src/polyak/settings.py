@@ -42,13 +42,19 @@ def replace_at(config: Config, key: str, value: Any) -> Config:
 
 
 def replace_all(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy with the fields at dotted keys replaced; text is parsed to each field's type."""
+    """A copy with the fields at dotted keys replaced; text is parsed to each field's type.
+
+    A configuration that has presets takes the key `preset` too, for all fields that one sets.
+    """
     assert dataclasses.is_dataclass(config)
     fields = [field.name for field in dataclasses.fields(config)]
     whole: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
+    preset = values.get("preset") if hasattr(config, "preset_fields") else None
     for key, value in values.items():
         name, _, rest = key.partition(".")
+        if preset is not None and key == "preset":
+            continue
         if name not in fields:
             raise unknown("setting", name, fields)
         if rest:
@@ -56,6 +62,9 @@ def replace_all(config: Config, values: Mapping[str, Any]) -> Config:
         else:
             kind = _field_types(type(config))[name]
             whole[name] = parse(value, kind, name) if isinstance(value, str) else value
+    if preset is not None and hasattr(config, "preset_fields"):
+        # what is set beside a preset wins, wherever it stands
+        whole = {**config.preset_fields(preset, whole.get("num_heads")), **whole}
     for name, inside in parts.items():
         inner = whole.get(name, getattr(config, name))
         if isinstance(inner, Mapping):

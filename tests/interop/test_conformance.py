@@ -146,7 +146,21 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    "fields", [{"bias": True}, {"tie_embeddings": False}, {"splitting": "simultaneous"}], ids=str
+    "fields",
+    [
+        {"bias": True},
+        {"qkv_bias": True},
+        {"tie_embeddings": False},
+        {"splitting": "simultaneous"},
+        {"positions": "rope"},
+        {"norm": "rms"},
+        {"mlp": "gated"},
+        {"mlp_width": 24},
+        {"num_kv_heads": 1},
+        {"qk_norm": True},
+        {"activation": "silu"},
+    ],
+    ids=str,
 )
 def test_models_the_release_does_not_have_are_refused(
     fields: dict[str, object], tiny_config: Callable[..., ModelConfig]

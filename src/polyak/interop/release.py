@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ConfigError
+from polyak.nn.presets import PAPER
 from polyak.nn.transformer import Transformer
 
 _SUBSTEPS = {"attention": "attn", "mlp": "mlp"}
@@ -35,14 +36,23 @@ def released_names(model: Transformer) -> dict[str, str]:
     """Our parameter names → released names, in the model's order.
 
     Raises:
-        ConfigError: the release has no such model (biases, untied output, another splitting).
+        ConfigError: the release has no such model (another backbone than the paper's, or another
+            splitting).
     """
     config = model.config
-    if config.splitting != "lie_trotter" or config.bias or not config.tie_embeddings:
-        raise ConfigError(
-            "the released checkpoints have splitting='lie_trotter', bias=False and "
-            "tie_embeddings=True; this model differs"
-        )
+    released = {**PAPER, "norm_eps": config.norm_eps, "splitting": "lie_trotter"}
+    if config.kv_heads == config.num_heads:
+        released["num_kv_heads"] = config.num_kv_heads
+    if config.hidden_width == 4 * config.d_model:
+        released["mlp_width"] = config.mlp_width
+    if config.qkv_bias is False:
+        released["qkv_bias"] = False
+    for name, value in released.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"the released checkpoints have {name}={value!r}; this model differs, with "
+                f"{name}={getattr(config, name)!r}"
+            )
     names = {}
     for ours, _ in model.named_parameters():
         if ours != "head.weight":  # tied, so normally not listed

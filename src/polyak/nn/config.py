@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from polyak.errors import ConfigError, unknown
+from polyak.nn.presets import Preset, preset_fields
 from polyak.settings import check_keys
 
 Splitting = Literal["lie_trotter", "simultaneous"]
-Activation = Literal["gelu"]
+Positions = Literal["learned", "rope"]
+NormKind = Literal["layer", "rms"]
+MLPKind = Literal["plain", "gated"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+_CHOICES = {
+    "splitting": Splitting,
+    "positions": Positions,
+    "norm": NormKind,
+    "mlp": MLPKind,
+    "activation": Activation,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +45,7 @@ class ModelConfig:
     vocab_size: int = 256
     """Number of token ids."""
     context_length: int = 128
-    """Longest sequence, in tokens; there is one learned position per token."""
+    """Longest sequence, in tokens."""
     splitting: Splitting = "lie_trotter"
     """`lie_trotter`: a step on attention, then one on the MLP. `simultaneous`: one step on their
     sum at the same point (the Euler splitting of arXiv:2601.23236)."""
@@ -43,12 +55,33 @@ class ModelConfig:
     """Use the token table as output matrix too."""
     causal: bool = True
     """Let a position see itself and earlier positions only."""
+    positions: Positions = "learned"
+    """`learned`: a table of one vector per position, added to tokens and to streams that start
+    from an embedding. `rope`: queries and keys are turned by their position (rotary)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths; only with positions=rope."""
+    norm: NormKind = "layer"
+    """Kind of every norm, the rule's own included: LayerNorm, or RMSNorm (`rms`: no mean is
+    taken off, and there is no bias)."""
     norm_eps: float = 1e-5
-    """eps of every LayerNorm."""
+    """eps of every norm."""
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; None: as `bias`."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, shared by groups of query heads (grouped-query attention); must
+    divide num_heads. None: as many as num_heads."""
+    qk_norm: bool = False
+    """Norms of each head's queries and keys, before they are turned by position."""
+    mlp: MLPKind = "plain"
+    """`plain`: down(act(up x)). `gated`: down(act(gate x) · up x), SwiGLU with activation=silu."""
+    mlp_width: int | None = None
+    """Width inside the MLP. None: 4d; gated 8d/3 up to a multiple of 8, which is as many
+    parameters."""
     activation: Activation = "gelu"
-    """MLP non-linearity; `gelu` is the exact (erf) form."""
+    """MLP non-linearity: `gelu` (the exact, erf form), `gelu_tanh` (its approximation in GPT-2),
+    `silu` or `relu`."""
     dropout: float = 0.0
     """Probability of dropping embeddings, attention weights and oracle outputs in training."""
     rule_options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -67,12 +100,13 @@ class ModelConfig:
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
                 f"use {near} heads, or a width that is a multiple of {self.num_heads}"
             )
-        for name, kinds in (("splitting", Splitting), ("activation", Activation)):
+        for name, kinds in _CHOICES.items():
             if getattr(self, name) not in get_args(kinds):
                 raise unknown(name, str(getattr(self, name)), get_args(kinds))
-        for name in ("tie_embeddings", "causal", "bias"):
+        for name in ("tie_embeddings", "causal", "bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+        self._check_backbone()
         if not isinstance(self.norm_eps, int | float) or not 0 <= self.norm_eps < 1:
             raise ConfigError(f"norm_eps={self.norm_eps!r} must be a number from 0 to below 1")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
@@ -84,6 +118,35 @@ class ModelConfig:
         object.__setattr__(self, "rule_options", dict(self.rule_options))
         if (self.rule, self.rule_options, self.stream_start) != ("gradient_descent", {}, None):
             self._check_rule()  # the default needs no look-up, which would import torch
+
+    def _check_backbone(self) -> None:
+        for name in ("num_kv_heads", "mlp_width"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1, or none")
+        if self.num_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
+                f"use one of {', '.join(map(str, divisors))}"
+            )
+        if self.qkv_bias is not None and not isinstance(self.qkv_bias, bool):
+            raise ConfigError(f"qkv_bias={self.qkv_bias!r} must be true, false or none")
+        theta = self.rope_theta
+        number = isinstance(theta, int | float) and not isinstance(theta, bool)
+        if not number or not 0 < theta < math.inf:
+            raise ConfigError(f"rope_theta={theta!r} must be a number above 0")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ConfigError(
+                f"positions='rope' turns pairs of dimensions, but d_model/num_heads = "
+                f"{self.head_dim} is odd; use a d_model that is a multiple of {2 * self.num_heads}"
+            )
+        if self.positions == "learned" and theta != 10000.0:
+            raise ConfigError(
+                f"rope_theta={theta!r} needs positions='rope', and positions are 'learned'; "
+                "set positions, or leave rope_theta out"
+            )
 
     def _check_rule(self) -> None:
         from polyak import rules
@@ -101,6 +164,41 @@ class ModelConfig:
     def head_dim(self) -> int:
         """D = d / H."""
         return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """H_kv, heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """(H + 2 H_kv)·D, what attention computes of a token: queries, keys and values."""
+        return (self.num_heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def hidden_width(self) -> int:
+        """Width inside the MLP."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.d_model if self.mlp == "plain" else -(-self.d_model // 3) * 8
+
+    @classmethod
+    def preset(cls, name: Preset, **fields: Any) -> ModelConfig:
+        """A backbone by name; fields given win over the preset's.
+
+        `paper`: the released models, and the defaults. `gpt2`: OpenAI's. `llama`: rotary
+        positions, RMSNorm, SwiGLU, grouped-query attention, no biases, untied output.
+
+        Raises:
+            UnknownNameError: there is no such preset; the nearest is offered.
+            ConfigError: a field cannot work.
+        """
+        heads = fields.get("num_heads", cls().num_heads)
+        return cls(**{**preset_fields(name, heads), **fields})
+
+    def preset_fields(self, name: str, num_heads: int | None = None) -> dict[str, Any]:
+        """What a preset sets in this model, or in one of `num_heads`; see `settings`."""
+        return preset_fields(name, self.num_heads if num_heads is None else num_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

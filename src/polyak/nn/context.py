@@ -24,6 +24,7 @@ class Context:
             model with nothing cached, those up to its own.
         cache: where keys and values are kept.
         slot: the next call of attention is the slot-th of this pass.
+        rotary: cosines and sines for `positions`; made by the first layer for all.
     """
 
     past: int = 0
@@ -32,6 +33,7 @@ class Context:
     mask: Tensor | None = None
     cache: Cache | None = None
     slot: int = 0
+    rotary: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, T, D) with those cached before them, (B, H, S, D)."""
@@ -50,7 +52,7 @@ def context_of(
     position_ids: Tensor | None = None,
     cache: Cache | None = None,
 ) -> Context | None:
-    """The context of a forward pass; None for whole sequences without padding.
+    """The context of a forward pass; None where learned positions count from 0, without padding.
 
     Raises:
         ConfigError: the sequence is longer than the model's context, a shape or position does
@@ -66,7 +68,8 @@ def context_of(
             f"context_length={config.context_length}; shorten it"
         )
     if attention_mask is None and position_ids is None and cache is None:
-        return None
+        # layers share the table of rotary positions through it
+        return None if config.positions == "learned" else Context(length=length)
     if cache is not None and not config.causal:
         raise ConfigError(
             "cache: earlier tokens of a model with causal=False see later ones, so their keys "

@@ -7,9 +7,11 @@ once more in backward and may skip the masked half.) The one formula torch lacks
 `baddbmm_`, is registered by `polyak.rules._cost`.
 With T the context length, d the width and V the vocabulary, one token's forward pass takes
 
-    layers · (2·3d² + 2·d² + 4·T·d + 16d²) + 2dV + the rule's own products,
+    layers · (2d(d + 2·H_kv·D) + 2d² + 4·T·d + 2m·d·w) + 2dV + the rule's own products,
 
-and the backward pass twice that, except for the rule's own products, which recompute some.
+with H_kv heads of D dimensions for keys and values and m matrices of the MLP, of width w (in the
+paper's models 2·3d² + 2d² + 4·T·d + 16d²), and the backward pass twice that, except for the
+rule's own products, which recompute some.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Cost:
     parameters: dict[str, int] = field(hash=False)
     """Parameters by group: `tokens` and `positions` (x's tables), `streams` (tables of auxiliary
     streams), `attention` and `mlp` (their matrices and biases), `norms` (in front of the oracles
-    and the head), `rule` (its scalars and norms), `output` (0 when tied to `tokens`)."""
+    and the head, and of queries and keys), `rule` (its scalars and norms), `output` (0 when tied
+    to `tokens`)."""
     forward_flops_per_token: int
     """Matrix products of the forward pass, in FLOPs."""
     backward_flops_per_token: int
@@ -40,8 +43,8 @@ class Cost:
     """Matrix products of one more token, given the keys and values of those before it."""
     elementwise_per_token: int
     """Elements written by arithmetic outside matrix products and the attention kernel, forward
-    pass, with every op in its reference form (`polyak.rules._cost.ElementCounter`): norms, GELU,
-    the rule, sums of embeddings."""
+    pass, with every op in its reference form (`polyak.rules._cost.ElementCounter`): norms, the
+    MLP's non-linearity, rotary positions, the rule, sums of embeddings."""
     state_bytes_per_token: int
     """Bytes of what one token carries from layer to layer: x and the rule's streams."""
     bytes_per_number: int
@@ -74,7 +77,7 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     """
     from polyak import rules
     from polyak.nn.splitting import SUBSTEPS
-    from polyak.rules._cost import layer_norm_elements, step_cost
+    from polyak.rules._cost import norm_elements, step_cost
 
     last = config.context_length - 1
     position = last if position is None else position
@@ -89,6 +92,7 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         config.num_heads,
         norm_eps=config.norm_eps,
         bias=config.bias,
+        norm_kind=config.norm,
         options=config.rule_options,
     )
     d, layers = config.d_model, config.num_layers
@@ -98,11 +102,11 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     tables = sum(s.start == "embedding" and config.stream_start is None for s in rule.streams)
 
     def forward(keys: int) -> int:
-        oracles = 8 * d * d + 4 * keys * d + 16 * d * d
+        oracles = 2 * _matrices(config) + 4 * keys * d
         return calls * oracles + substeps * step.forward_flops + 2 * d * config.vocab_size
 
     rule_forward, total_forward = substeps * step.forward_flops, forward(config.context_length)
-    norm = layer_norm_elements(d, config.bias)
+    norm = norm_elements(config.norm, d, config.bias)
     both = d if config.splitting == "simultaneous" else 0  # attention + MLP
     decoding = forward(position + 1) * (1 if config.causal else position + 1)
     state = d + sum(_numbers(s.shape(d, config.num_heads)) for s in rule.streams)
@@ -112,13 +116,33 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         backward_flops_per_token=2 * (total_forward - rule_forward)
         + substeps * step.backward_flops,
         decoding_flops_per_token=decoding,
-        elementwise_per_token=(1 + tables) * d  # token + position vectors
-        + calls * (2 * norm + 4 * d + both)  # pre-norms, GELU
+        elementwise_per_token=(1 + tables) * d * (config.positions == "learned")
+        + calls * (2 * norm + _inside_oracles(config) + both)
         + substeps * step.elements
         + norm,
         state_bytes_per_token=state * bytes_per_number,
         bytes_per_number=bytes_per_number,
     )
+
+
+def _matrices(config: ModelConfig) -> int:
+    """Entries of a layer's matrices, each met once by a token."""
+    d = config.d_model
+    mlp = 3 if config.mlp == "gated" else 2
+    return config.qkv_width * d + d * d + mlp * d * config.hidden_width
+
+
+def _inside_oracles(config: ModelConfig) -> int:
+    """Elements that attention and MLP write behind their pre-norms."""
+    from polyak.rules._cost import norm_elements
+
+    heads, head_dim = config.num_heads + config.kv_heads, config.head_dim
+    inside = config.hidden_width * (2 if config.mlp == "gated" else 1)  # activation, product
+    if config.positions == "rope":
+        inside += 3 * heads * head_dim  # four half products, two half sums
+    if config.qk_norm:
+        inside += heads * norm_elements(config.norm, head_dim, config.bias)
+    return inside
 
 
 def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
@@ -129,17 +153,25 @@ def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
 
     with torch.device("meta"):  # a user's rule may hold any parameters
         rule = rules.get(config.rule)(
-            config.d_model, config.num_heads, bias=config.bias, options=config.rule_options
+            config.d_model,
+            config.num_heads,
+            bias=config.bias,
+            norm_kind=config.norm,
+            options=config.rule_options,
         )
-    d, layers, bias = config.d_model, config.num_layers, int(config.bias)
+    d, layers, bias, width = config.d_model, config.num_layers, config.bias, config.hidden_width
+    qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
+    affine = 1 + (bias and config.norm == "layer")
+    positions = config.context_length * (config.positions == "learned")
     substeps = layers * len(SUBSTEPS[config.splitting])
+    up = 2 if config.mlp == "gated" else 1
     return {
         "tokens": config.vocab_size * d,
-        "positions": config.context_length * d,
-        "streams": tables * (config.vocab_size + config.context_length) * d,
-        "attention": layers * (4 * d * d + bias * 4 * d),
-        "mlp": layers * (8 * d * d + bias * 5 * d),
-        "norms": (2 * layers + 1) * (1 + bias) * d,
+        "positions": positions * d,
+        "streams": tables * (config.vocab_size + positions) * d,
+        "attention": layers * ((config.qkv_width + d) * d + qkv_bias * config.qkv_width + bias * d),
+        "mlp": layers * ((up + 1) * d * width + bias * (up * width + d)),
+        "norms": ((2 * layers + 1) * d + config.qk_norm * 2 * layers * config.head_dim) * affine,
         "rule": substeps * sum(parameter.numel() for parameter in rule.parameters()),
         "output": 0 if config.tie_embeddings else config.vocab_size * d,
     }

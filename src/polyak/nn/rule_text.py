@@ -1,7 +1,8 @@
 """A rule with options in square brackets, as text: `triple_momentum[stream_start=zeros]`.
 
-Brackets set `ModelConfig` fields; a key that is no field but an option of the rule goes into
-`rule_options`. Used by `polyak train --rule` and by the entries of a comparison.
+Brackets set `ModelConfig` fields, or many by `preset=NAME`; a key that is no field but an option
+of the rule goes into `rule_options`. Used by `polyak train --rule` and by the entries of a
+comparison.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def parse_rule(text: str, option: str = "rule") -> RuleText:
         # absolute, for other processes; a shell expands no "~" after a comma
         rule = f"{Path(file).expanduser().resolve()}:{class_name}"
     known_options = sorted({*rules.get(rule).resolve({}), *rules.get(rule).scalars})
-    known_fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    known_fields = [*(field.name for field in dataclasses.fields(ModelConfig)), "preset"]
     fields: dict[str, str] = {}
     options: dict[str, Any] = {}
     given = set[str]()

@@ -20,23 +20,32 @@ from polyak.rules import State, Stream, UpdateRule
 
 
 class Embedding(nn.Module):
-    """Learned token and position tables: (B, T) ids → (B, T, d)."""
+    """Learned token and position tables: (B, T) ids → (B, T, d).
+
+    With rotary positions there is a token table only.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.context_length, config.d_model)
+        self.positions = (
+            nn.Embedding(config.context_length, config.d_model)
+            if config.positions == "learned"
+            else None
+        )
 
     def forward(self, input_ids: Tensor, context: Context | None = None) -> Tensor:
         """Token plus position vectors; positions count from 0 unless the context says else."""
-        if context is None:
-            positions = self.positions.weight[: input_ids.shape[1]]
+        x = self.tokens(input_ids)
+        if self.positions is None:
+            pass
+        elif context is None:
+            x = x + self.positions.weight[: input_ids.shape[1]]
         elif context.positions is None:
-            positions = self.positions.weight[context.past : context.length]
+            x = x + self.positions.weight[context.past : context.length]
         else:
-            positions = self.positions(context.positions)
-        x = self.tokens(input_ids) + positions
+            x = x + self.positions(context.positions)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -55,6 +64,7 @@ class Block(nn.Module):
                     config.num_heads,
                     norm_eps=config.norm_eps,
                     bias=config.bias,
+                    norm_kind=config.norm,
                     options=config.rule_options,
                 )
                 for substep in SUBSTEPS[config.splitting]
@@ -75,7 +85,7 @@ class Transformer(nn.Module):
     """A language model whose layers are optimizer steps.
 
     Initialisation, as released: token, position and stream tables and linear weights N(0, 0.02),
-    the two output projections of a layer N(0, 0.02/√(2·layers)), LayerNorm weights 1, biases 0,
+    the two output projections of a layer N(0, 0.02/√(2·layers)), norm weights 1, biases 0,
     rule scalars at their initial values.
 
     Args:
@@ -201,8 +211,8 @@ class Transformer(nn.Module):
     ) -> Context | None:
         """What `forward` passes to every block, for passes that go from block to block.
 
-        None where there is nothing to pass: whole sequences without padding. One context serves
-        one pass. Arguments and errors are those of `forward`.
+        None where there is nothing to pass: whole sequences without padding and with learned
+        positions. One context serves one pass. Arguments and errors are those of `forward`.
         """
         return context_of(self.config, input_ids, attention_mask, position_ids, cache)
 

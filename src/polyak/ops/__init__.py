@@ -26,13 +26,16 @@ from polyak.ops.reference import (
     layer_norm_reference,
     linear_cross_entropy_reference,
     momentum_norm_reference,
+    momentum_rms_norm_reference,
     newton_schulz_reference,
     orthogonalize_reference,
     reference_forms,
+    rms_norm_reference,
     rms_scale_reference,
     scaled_norm_add_reference,
     using_reference_forms,
 )
+from polyak.ops.rms_norm import momentum_rms_norm, rms_norm
 
 __all__ = [
     "PAIRS",
@@ -58,12 +61,16 @@ __all__ = [
     "linear_cross_entropy_reference",
     "momentum_norm",
     "momentum_norm_reference",
+    "momentum_rms_norm",
+    "momentum_rms_norm_reference",
     "newton_schulz",
     "newton_schulz_flops",
     "newton_schulz_reference",
     "orthogonalize",
     "orthogonalize_reference",
     "reference_forms",
+    "rms_norm",
+    "rms_norm_reference",
     "rms_scale",
     "rms_scale_reference",
     "scaled_norm_add",

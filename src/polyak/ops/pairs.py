@@ -16,6 +16,7 @@ from polyak.ops.momentum_norm import momentum_norm
 from polyak.ops.newton_schulz import newton_schulz
 from polyak.ops.norms import layer_norm
 from polyak.ops.orthogonal import orthogonalize
+from polyak.ops.rms_norm import momentum_rms_norm, rms_norm
 
 _EPS = 1e-5
 
@@ -68,6 +69,14 @@ def _for_axpby(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]
 
 def _for_layer_norm(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _stream(n, h, d, dtype), _gain(h, d, dtype), 0.1 * _gain(h, d, dtype)
+
+
+def _for_rms_norm(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _stream(n, h, d, dtype), _gain(h, d, dtype)
+
+
+def _for_momentum_rms_norm(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return *_for_axpby(n, h, d, dtype), _gain(h, d, dtype)
 
 
 def _for_momentum_norm(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -131,6 +140,18 @@ PAIRS: tuple[Pair, ...] = (
         _with_eps(momentum_norm),
         _with_eps(reference.momentum_norm_reference),
         _for_momentum_norm,
+    ),
+    Pair(
+        "rms_norm",
+        _with_eps(rms_norm),
+        _with_eps(reference.rms_norm_reference),
+        _for_rms_norm,
+    ),
+    Pair(
+        "momentum_rms_norm",
+        _with_eps(momentum_rms_norm),
+        _with_eps(reference.momentum_rms_norm_reference),
+        _for_momentum_rms_norm,
     ),
     Pair(
         "scaled_norm_add",

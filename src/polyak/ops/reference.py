@@ -72,6 +72,19 @@ def layer_norm_reference(
     return normed if bias is None else normed + bias
 
 
+def rms_norm_reference(u: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """u/√(mean u² + eps) · weight, over the last dimension."""
+    normed = u / torch.sqrt((u * u).mean(dim=-1, keepdim=True) + eps)
+    return normed if weight is None else normed * weight
+
+
+def momentum_rms_norm_reference(
+    beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor, weight: Tensor | None, eps: float
+) -> Tensor:
+    """RMSNorm(βv + γg)."""
+    return rms_norm_reference(beta * v + gamma * g, weight, eps)
+
+
 def momentum_norm_reference(
     beta: Tensor,
     v: Tensor,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import ConfigError, RuleError, unknown
-from polyak.rules._declarations import Choice, LayerNorm, NoNorm, Norm, Scalar
+from polyak.rules._declarations import Choice, NoNorm, Norm, Scalar, norm_of
 
 if TYPE_CHECKING:
     from polyak.rules._cost import Work
@@ -83,8 +83,9 @@ class UpdateRule(nn.Module):
     Args:
         d_model: width d of x.
         num_heads: H; rules that see a token as a matrix reshape d to (H, d / H).
-        norm_eps: eps of the rule's LayerNorm.
-        bias: whether that LayerNorm has a bias.
+        norm_eps: eps of the rule's norms.
+        bias: whether they have a bias; RMSNorms never do.
+        norm_kind: the model's kind of norm, which theirs follow: `"layer"` or `"rms"`.
         options: the user's `rule_options`: initial values of scalars by name, `frozen` (names of
             scalars that are not learned), `state_norm` or `update_norm`, and the rule's choices.
 
@@ -127,14 +128,16 @@ class UpdateRule(nn.Module):
         *,
         norm_eps: float = 1e-5,
         bias: bool = False,
+        norm_kind: str = "layer",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.options = self.resolve(options or {})
         for attribute, norm in self.norms.items():
-            layer = self.options[norm.option] == "layer"
-            setattr(self, attribute, LayerNorm(d_model, norm_eps, bias) if layer else NoNorm())
+            without = self.options[norm.option] == "none"
+            made = NoNorm() if without else norm_of(norm_kind, d_model, norm_eps, bias)
+            setattr(self, attribute, made)
         for name, scalar in self.present_scalars(self.options).items():
             raw = scalar.starting_at(self.options[name]).parameter()
             raw.requires_grad_(name not in self.options["frozen"])

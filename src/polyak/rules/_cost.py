@@ -78,6 +78,7 @@ def step_cost(
     *,
     norm_eps: float = 1e-5,
     bias: bool = False,
+    norm_kind: str = "layer",
     options: Mapping[str, Any] | None = None,
 ) -> StepCost:
     """One token's cost of one `step` of `rule`: as declared, or measured where nothing is.
@@ -87,21 +88,32 @@ def step_cost(
     """
     if rule.work is None:
         return measure(
-            rule, d_model, num_heads, norm_eps=norm_eps, bias=bias, options=options or {}
+            rule,
+            d_model,
+            num_heads,
+            norm_eps=norm_eps,
+            bias=bias,
+            norm_kind=norm_kind,
+            options=options or {},
         )
     resolved = rule.resolve(options or {})
     norms = sum(resolved[norm.option] == "layer" for norm in rule.norms.values())
     with_norm = sum(s.requires is not None for s in rule.present_scalars(resolved).values())
-    elements = (rule.work.passes + with_norm) * d_model + norms * layer_norm_elements(d_model, bias)
+    norm = norm_elements(norm_kind, d_model, bias)
+    elements = (rule.work.passes + with_norm) * d_model + norms * norm
     if rule.work.matrices is None:
         return StepCost(elements)
     matrices = rule.work.matrices(num_heads, d_model // num_heads)
     return StepCost(elements + matrices.elements, matrices.forward_flops, matrices.backward_flops)
 
 
-def layer_norm_elements(width: int, bias: bool = False) -> int:
-    """Elements written by LN of one vector: u−ū, its square, the quotient, ·w (and +b); 4 sums."""
-    return (5 if bias else 4) * width + 4
+def norm_elements(kind: str, width: int, bias: bool = False) -> int:
+    """Elements written by the norm of one vector.
+
+    LayerNorm: u−ū, its square, the quotient, ·w (and +b), 4 numbers; RMSNorm: u², the quotient,
+    ·w, 3 numbers.
+    """
+    return 3 * width + 3 if kind == "rms" else (5 if bias else 4) * width + 4
 
 
 def newton_schulz_cost(heads: int, head_dim: int) -> StepCost:
@@ -129,6 +141,7 @@ def measure(
     *,
     norm_eps: float = 1e-5,
     bias: bool = False,
+    norm_kind: str = "layer",
     options: Mapping[str, Any],
 ) -> StepCost:
     """One token's cost of one `step`, found by running it on two batch sizes and subtracting.
@@ -144,7 +157,14 @@ def measure(
     for device in ("meta", "cpu"):
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device):
-                instance = rule(d_model, num_heads, norm_eps=norm_eps, bias=bias, options=options)
+                instance = rule(
+                    d_model,
+                    num_heads,
+                    norm_eps=norm_eps,
+                    bias=bias,
+                    norm_kind=norm_kind,
+                    options=options,
+                )
                 one, two = (_run(instance, d_model, batch) for batch in (1, 2))
         except Exception as failure:  # a user's step may raise anything
             error = error or failure
@@ -200,7 +220,7 @@ class ElementCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as 
     """Counts elementwise work: the elements that arithmetic outside matrix products writes.
 
     - Every tensor operation counts its output's elements, reductions too (a mean over d counts 1).
-    - LayerNorm counts as written out, fused or not (`layer_norm_elements`).
+    - LayerNorm counts as written out, fused or not (`norm_elements`).
     - Not counted: matrix products; the attention kernel with its mask and softmax, which belongs
       to the matrix column; views, copies, table look-ups, constants and random numbers, which
       calculate nothing.

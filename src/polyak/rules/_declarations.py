@@ -110,10 +110,11 @@ def _softplus_inverse(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm that a rule applies to a state or an update, and can be told to leave out.
+    """A norm that a rule applies to a state or an update, and can be told to leave out.
 
     Attributes:
-        option: the rule option that controls it, `"layer"` or `"none"`.
+        option: the rule option that controls it: `"layer"`, a norm of the model's kind
+            (`ModelConfig.norm`), or `"none"`.
         default: the option's value when the user sets none.
     """
 
@@ -181,8 +182,39 @@ class LayerNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
 
 
+class RMSNorm(nn.Module):
+    r"""RMSNorm over the last dimension: w·u/√(mean u² + eps) (arXiv:1910.07467).
+
+    Args:
+        width: d, the size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., d) → (..., d)."""
+        return ops.rms_norm(u, self.weight, self.eps)
+
+    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
+        """RMSNorm(βv + γg), fused; v and g are (..., d), β and γ have one element."""
+        return ops.momentum_rms_norm(beta, v, gamma, g, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """For printing a model."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def norm_of(kind: str, width: int, eps: float, bias: bool) -> LayerNorm | RMSNorm:
+    """A norm of a model's kind, `layer` or `rms`; an RMSNorm has no bias."""
+    return RMSNorm(width, eps) if kind == "rms" else LayerNorm(width, eps, bias)
+
+
 class NoNorm(nn.Module):
-    """Stands in for a LayerNorm that was switched off."""
+    """Stands in for a norm that was switched off."""
 
     def forward(self, u: Tensor) -> Tensor:
         """U unchanged."""

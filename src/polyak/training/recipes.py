@@ -28,6 +28,7 @@ from typing import Any
 
 from polyak.errors import ConfigError, UnknownNameError, unknown
 from polyak.nn.config import ModelConfig
+from polyak.nn.presets import Preset, preset_fields
 from polyak.settings import convert, parse, parse_free
 from polyak.training.config import TrainingConfig
 from polyak.training.run_config import RunConfig
@@ -37,6 +38,8 @@ Settings = dict[str, Any]
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "training": TrainingConfig}
 FREE = "model.rule_options."
+PRESET = "model.preset"
+"""No field of its own: it stands for all that a preset of `ModelConfig` sets."""
 
 
 def names() -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def build(settings: Mapping[str, Any], prefix: str = "") -> RunConfig:
     """The run with these settings and defaults for the rest.
 
     Args:
-        settings: as from `read`.
+        settings: as from `read` or `layered`.
         prefix: what an error's message starts with.
 
     Raises:
@@ -173,14 +176,28 @@ def _read(name_or_path: str, beside: Path, chain: tuple[str, ...]) -> Settings:
     except ConfigError as error:
         raise type(error)(f"recipe {name_or_path}: {error}") from error
     if base is None:
-        return settings
+        return layered({}, settings)
     try:
         below = _read(base, Path() if own else source.parent, (*chain, identity))
     except ConfigError as error:
         raise type(error)(f"recipe {name_or_path}: base: {error}") from error
     if settings.get("model.rule", below.get("model.rule")) != below.get("model.rule"):
         below = {key: value for key, value in below.items() if not belongs_to_rule(key)}
-    return {**below, **settings}
+    return layered(below, settings)
+
+
+def layered(below: Settings, settings: Settings) -> Settings:
+    """`settings` over those below them; `model.preset` becomes the fields it sets.
+
+    They win over the fields below, and those set beside the preset win over it.
+    """
+    above = dict(settings)
+    preset = above.pop(PRESET, None)
+    if preset is None:
+        return {**below, **above}
+    heads = {**below, **above}.get("model.num_heads", ModelConfig().num_heads)
+    fields = {f"model.{name}": value for name, value in preset_fields(preset, heads).items()}
+    return {**below, **fields, **above}
 
 
 def belongs_to_rule(key: str) -> bool:
@@ -212,6 +229,7 @@ def _kinds() -> dict[str, Any]:
     for name, section in SECTIONS.items():
         del kinds[name]
         kinds |= {f"{name}.{key}": kind for key, kind in typing.get_type_hints(section).items()}
+    kinds[PRESET] = Preset
     return kinds
 
 

@@ -88,7 +88,7 @@ def resolve(options: TrainOptions) -> RunConfig:
     given = _given(options)
     if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
         base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
-    return recipes.build({**base, **given})
+    return recipes.build(recipes.layered(base, given))
 
 
 def _given(options: TrainOptions) -> recipes.Settings:
