@@ -2,7 +2,7 @@
 
 config.json             what the model is: our part under `polyak`, and the names others look for
 modeling_polyak.py      imports the installed package, for `trust_remote_code=True`
-generation_config.json  special ids and the longest sequence
+generation_config.json  the special ids
 tokenizer_config.json   how `tokenizer.json` is to be used
 
 Written without transformers, which a training machine need not have.
@@ -145,6 +145,5 @@ def write_model_files(
     write_stub(folder)
     write_json(folder / "tokenizer_config.json", tokenizer_config(config))
     if config.causal:
-        generation = {**special_ids(tokenizer), "max_length": config.context_length}
-        write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", special_ids(tokenizer))
     write_json(folder / "config.json", hugging_face_config(config, tokenizer, dtype))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
+from polyak.errors import ConfigError
 from polyak.interop.huggingface.base import PolyakPreTrainedModel
 
 
@@ -54,6 +57,8 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):  # type: ignore
         Raises:
             ConfigError: the sequence is longer than the context, or an argument does not fit.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ConfigError("logits_to_keep: labels need all logits; leave one of the two out")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if use_cache and past_key_values is None:
@@ -67,7 +72,7 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):  # type: ignore
             logits_to_keep,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values,
+            cache=_told_where(past_key_values, input_ids),
         )
         loss = None
         if labels is not None:
@@ -80,6 +85,30 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):  # type: ignore
             hidden_states=states,
         )
         return output if named else output.to_tuple()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as everywhere in transformers; where the context ends, it stops and warns.
+
+        Raises:
+            ConfigError: the prompt alone is longer than the context.
+        """
+        end = _ContextEnd(self.config.max_position_embeddings)
+        return super().generate(
+            inputs,
+            generation_config,
+            logits_processor,
+            StoppingCriteriaList([*(stopping_criteria or ()), end]),
+            *args,
+            **kwargs,
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -115,6 +144,50 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):  # type: ignore
         if logits_to_keep is not None:
             inputs["logits_to_keep"] = logits_to_keep
         return inputs
+
+
+class _Told:
+    """A cache of transformers 4, whose static kinds must be told where to write."""
+
+    def __init__(self, cache: Any, positions: Tensor) -> None:
+        self.cache, self.positions = cache, positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any:
+        """See `polyak.nn.cache.Cache`."""
+        where = {"cache_position": self.positions}
+        return self.cache.update(key_states, value_states, layer_idx, where)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """See `polyak.nn.cache.Cache`."""
+        return self.cache.get_seq_length(layer_idx)
+
+
+def _told_where(cache: Any, input_ids: Tensor | None) -> Any:
+    update = getattr(cache, "update", None)
+    if input_ids is None or update is None:
+        return cache
+    if "cache_kwargs" not in inspect.signature(update).parameters:  # transformers 5
+        return cache
+    past = int(cache.get_seq_length())
+    positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    return _Told(cache, positions)
+
+
+class _ContextEnd(StoppingCriteria):  # type: ignore[misc]
+    """Stops with the last token that a model can predict: it has no positions for more."""
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether each sequence of the batch is done."""
+        end = input_ids.shape[1] > self.context_length
+        if end:
+            warnings.warn(
+                f"generation stops here, at the end of context_length={self.context_length}",
+                stacklevel=2,
+            )
+        return torch.full(input_ids.shape[:1], end, dtype=torch.bool, device=input_ids.device)
 
 
 class PolyakForMaskedLM(PolyakPreTrainedModel):
