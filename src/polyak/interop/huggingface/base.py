@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from polyak.errors import ConfigError, RunError
 from polyak.files import make_folder
 from polyak.interop.huggingface.configuration import PolyakConfig
 from polyak.nn.transformer import Transformer
+from polyak.rules import UpdateRule
 from polyak.training.model_files import write_stub
 
 _SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -92,17 +94,31 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             RunError: weights are missing, left over, or have other shapes.
         """
         want_info = kwargs.pop("output_loading_info", False)
+        # mismatches come back by name then, instead of as an error that names nothing
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except RuntimeError as error:
-            if "size" not in str(error) and "shape" not in str(error):
-                raise
-            raise RunError(f"{name}: weights do not fit config.json: {_one_line(error)}") from error
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        wrong = [f"{kind.split('_')[0]} {_names(info[kind])}" for kind in kinds if info.get(kind)]
+            model, info = super().from_pretrained(name, *args, **kwargs)
+        except SafetensorError as error:
+            raise RunError(f"{name}: the weights cannot be read: {error}") from error
+        kinds = {"missing_keys": "missing", "unexpected_keys": "left over"}
+        kinds |= {"mismatched_keys": "of another shape", "error_msgs": "not loaded:"}
+        wrong = [f"{said} {_names(info[kind])}" for kind, said in kinds.items() if info.get(kind)]
         if wrong:
             raise RunError(f"{name}: weights do not fit config.json ({'; '.join(wrong)})")
+        for module in model.modules():  # transformers 5 makes every loaded weight learnable
+            if isinstance(module, UpdateRule):
+                for scalar in module.options["frozen"]:
+                    module.get_parameter(f"{scalar}_raw").requires_grad_(False)
         return (model, info) if want_info else model
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Transformers 5 would take a table that is missing under both its names for loaded."""
+        if all(set(pair) <= loading_info.missing_keys for pair in self.all_tied_weights_keys.items()):
+            for source in self.all_tied_weights_keys.values():
+                raise RunError(
+                    f"{self.name_or_path}: weights do not fit config.json (missing {source})"
+                )
+        super().mark_tied_weights_as_initialized(loading_info)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as everywhere in transformers, with the module that `auto_map` points to.
@@ -259,7 +275,3 @@ def _slice(logits_to_keep: int | Tensor) -> slice | Tensor:
 def _names(found: Any) -> str:
     names = sorted(item if isinstance(item, str) else str(item[0]) for item in found)
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from polyak.errors import ConfigError, PolyakError
+from polyak.errors import ConfigError, PolyakError, RuleError
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
 from polyak.training.model_files import (
@@ -88,7 +88,13 @@ class PolyakConfig(PretrainedConfig):  # type: ignore[misc]  # untyped where not
         Raises:
             PolyakError: a field cannot work, or the rule is not found here.
         """
-        return ModelConfig.from_dict(self.polyak)
+        try:
+            return ModelConfig.from_dict(self.polyak)
+        except RuleError as error:
+            raise RuleError(
+                f"{error}; if it lies elsewhere on this machine, pass "
+                "rule='path/to/file.py:ClassName' to from_pretrained"
+            ) from error
 
     @property
     def num_hidden_layers(self) -> int:
@@ -98,12 +104,7 @@ class PolyakConfig(PretrainedConfig):  # type: ignore[misc]  # untyped where not
     @property
     def num_key_value_heads(self) -> int:
         """Heads of the keys and values to cache."""
-        return int(standard_values(self.model_config())["num_key_value_heads"])
-
-    @property
-    def head_dim(self) -> int:
-        """D, the width of one head."""
-        return self.model_config().head_dim
+        return int(self.polyak.get("num_kv_heads") or self.num_attention_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the standard names."""
