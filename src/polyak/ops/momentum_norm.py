@@ -130,7 +130,8 @@ class _NumericMomentumNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, moments = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # asked for once: checkpoints hand them out once
+        inputs, moments = saved[:6], saved[6:]
         if to_differentiate(grad, *inputs[:4]) or in_legacy_vmap(grad, *inputs[:4]):
             return *_momentum_norm_gradients(grad, inputs, ctx.eps), None
         return *_numeric_gradients(grad, inputs, moments, ctx.eps), None

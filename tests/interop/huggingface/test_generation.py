@@ -44,16 +44,16 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_padding_changes_nothing(
     tiny: Callable[..., Any], rule: str, side: str, causal: bool
 ) -> None:
-    model = tiny(rule, causal=causal)
+    model = tiny(rule, causal=causal).double()  # orthogonalising makes rounding large
     ids, mask = padded(side)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
         assert torch.isfinite(logits).all()
         for row, kept in enumerate(mask.bool()):
             alone = model(ids[row, kept][None]).logits[0]
-            assert torch.allclose(logits[row, kept], alone, atol=1e-5)
+            assert torch.allclose(logits[row, kept], alone, atol=1e-9)
         changed = model(torch.where(mask.bool(), ids, 9), attention_mask=mask).logits
-        assert torch.allclose(changed[mask.bool()], logits[mask.bool()], atol=1e-5)
+        assert torch.allclose(changed[mask.bool()], logits[mask.bool()], atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", rules.names())
@@ -61,7 +61,7 @@ def test_padding_changes_nothing(
 def test_cached_decoding_is_the_full_forward_past_left_padding_too(
     tiny: Callable[..., Any], rule: str, cache: Callable[[Any], Any]
 ) -> None:
-    model = tiny(rule)
+    model = tiny(rule).double()
     ids, mask = padded("left")
     with torch.no_grad():
         whole = model(ids, attention_mask=mask).logits
@@ -74,7 +74,7 @@ def test_cached_decoding_is_the_full_forward_past_left_padding_too(
             past = part.past_key_values
             parts.append(part.logits)
     assert int(past.get_seq_length()) == 5
-    assert torch.allclose(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-5)
+    assert torch.allclose(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-9)
 
 
 def greedy(model: Any, row: list[int], new: int) -> list[int]:
@@ -88,7 +88,7 @@ def greedy(model: Any, row: list[int], new: int) -> list[int]:
 def test_greedy_generation_of_a_padded_batch(
     tiny: Callable[..., Any], rule: str, way: str
 ) -> None:
-    model = tiny(rule)
+    model = tiny(rule).double()
     how = {"use_cache": False} if way == "none" else {"cache_implementation": way}
     ids = torch.tensor([[10, 10, 3], [4, 5, 6]])
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
@@ -135,6 +135,7 @@ def test_generation_goes_on_from_a_cache_it_returned(tiny: Callable[..., Any]) -
     model = tiny()
     start = torch.tensor([[3, 4, 5]])
     how = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": -1}
+    how["pad_token_id"] = -1  # 10 occurs in what is generated
     first = model.generate(start, max_new_tokens=2, **how)
     rest = model.generate(
         first.sequences, past_key_values=first.past_key_values, max_new_tokens=2, **how

@@ -176,7 +176,7 @@ def test_a_process_that_never_imports_polyak_trusts_the_folders_code(
     code = REMOTE.format(folder=str(run / "model"), out=str(tmp_path / "out"))
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ids, _, files = done.stdout.strip().splitlines()
+    ids, *_, files = done.stdout.strip().splitlines()
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     inputs = tokenizer(["the", "a"], return_tensors="pt", padding=True)

@@ -54,7 +54,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("rule", rules.names())
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(
     tiny: Callable[..., Any], rule: str
 ) -> None:
@@ -63,7 +63,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(
     kept = saved_bytes(model)
     for options in (None, {"use_reentrant": True}):
         model.gradient_checkpointing_enable(options)
-        assert model.is_gradient_checkpointing
+        assert model.gradient_checkpointing
         assert saved_bytes(model) < kept
         again = gradients(model)
         assert plain.keys() == again.keys()
@@ -88,7 +88,7 @@ def saved_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_trainer_fine_tunes_a_run(run: Path, tmp_path: Path, checkpointing: bool) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs it")
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
