@@ -78,8 +78,10 @@ def card(
     rule = rules.get(config.rule)
     use = _USE.format(place=place)
     if not config.causal:
-        use = use.partition("inputs =")[0].replace("CausalLM", "MaskedLM") + "```" + (
-            use.partition("```\n")[2].partition("```")[2]
+        use = (
+            use.partition("inputs =")[0].replace("CausalLM", "MaskedLM")
+            + "```"
+            + (use.partition("```\n")[2].partition("```")[2])
         )
     parts = [
         _front_matter(config),

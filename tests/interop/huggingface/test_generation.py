@@ -69,7 +69,10 @@ def test_cached_decoding_is_the_full_forward_past_left_padding_too(
         parts = []
         for start, end in ((0, 2), (2, 4), (4, 5)):
             part = model(
-                ids[:, start:end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                past_key_values=past,
+                use_cache=True,
             )
             past = part.past_key_values
             parts.append(part.logits)
@@ -85,9 +88,7 @@ def greedy(model: Any, row: list[int], new: int) -> list[int]:
 
 @pytest.mark.parametrize("rule", rules.names())
 @pytest.mark.parametrize("way", ["dynamic", "static", "none"])
-def test_greedy_generation_of_a_padded_batch(
-    tiny: Callable[..., Any], rule: str, way: str
-) -> None:
+def test_greedy_generation_of_a_padded_batch(tiny: Callable[..., Any], rule: str, way: str) -> None:
     model = tiny(rule).double()
     how = {"use_cache": False} if way == "none" else {"cache_implementation": way}
     ids = torch.tensor([[10, 10, 3], [4, 5, 6]])
@@ -101,9 +102,7 @@ def test_greedy_generation_of_a_padded_batch(
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_beams_are_the_same_with_and_without_a_cache(
-    tiny: Callable[..., Any], cache: str
-) -> None:
+def test_beams_are_the_same_with_and_without_a_cache(tiny: Callable[..., Any], cache: str) -> None:
     model = tiny("soap")
     ids = torch.tensor([[10, 3, 7], [4, 5, 6]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])

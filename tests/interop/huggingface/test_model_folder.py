@@ -162,7 +162,8 @@ ids = model.generate(**tokenizer(["the", "a"], return_tensors="pt", padding=True
                      max_new_tokens=4, do_sample=False)
 print(ids.tolist())
 model.save_pretrained({out!r})
-print(pipeline("text-generation", model={folder!r}, trust_remote_code=True)("the", max_new_tokens=2))
+write = pipeline("text-generation", model={folder!r}, trust_remote_code=True)
+print(write("the", max_new_tokens=2))
 again = AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)
 assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters()))
 import pathlib
@@ -194,16 +195,15 @@ def test_without_trust_the_folders_code_does_not_run(run: Path, tmp_path: Path) 
     assert "trust_remote_code" in done.stderr
 
 
-def test_a_run_is_written_without_transformers(
-    corpus: Path, tmp_path: Path, run: Path
-) -> None:
+def test_a_run_is_written_without_transformers(corpus: Path, tmp_path: Path, run: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         f"sys.path[:0] = {[path for path in sys.path if path]!r}\n"
         "from pathlib import Path\n"
         "from tiny_runs import run_config\n"
         "from polyak.training.loop import train\n"
-        f"config = run_config(Path({str(corpus)!r}), 'triple_momentum', steps=3, context_length=24)\n"
+        f"corpus = Path({str(corpus)!r})\n"
+        "config = run_config(corpus, 'triple_momentum', steps=3, context_length=24)\n"
         "train(config, Path('run'))\n"
     )
     done = python(code, cwd=tmp_path)

@@ -68,9 +68,8 @@ def test_every_option_of_every_rule_is_kept(
 ) -> None:
     kind = rules.get(rule)
     tried: list[dict[str, Any]] = [
-        {"rule_options": {"frozen": [name], name: 0.3}} for name in kind.present_scalars(
-            kind.resolve({})
-        )
+        {"rule_options": {"frozen": [name], name: 0.3}}
+        for name in kind.present_scalars(kind.resolve({}))
     ]
     tried += [{"rule_options": {norm.option: "none"}} for norm in kind.norms.values()]
     tried += [
@@ -297,6 +296,6 @@ def test_the_wrong_rule_for_the_weights_is_one_line(
     tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
     tiny("triple_momentum").save_pretrained(tmp_path)
-    with pytest.raises(PolyakError, match="do not fit config.json") as caught:
+    with pytest.raises(PolyakError, match=r"do not fit config\.json") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path, rule="adam")
     one_line(caught.value)

@@ -17,8 +17,7 @@ try:
     import transformers as _transformers  # noqa: F401
 except ModuleNotFoundError as _error:
     raise MissingExtraError(
-        f"Hugging Face models need {_error.name}, which is not installed; "
-        "pip install 'polyak[hf]'"
+        f"Hugging Face models need {_error.name}, which is not installed; pip install 'polyak[hf]'"
     ) from _error
 
 from polyak.interop.huggingface.configuration import PolyakConfig

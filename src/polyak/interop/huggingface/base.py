@@ -1,5 +1,8 @@
 """`PolyakPreTrainedModel`: a `Transformer` behind transformers' interface, without a task."""
 
+# mypy: disable-error-code="override,no-untyped-call,misc,unused-ignore"
+# (signatures of transformers differ between its versions, and some have no types)
+
 from __future__ import annotations
 
 import copy
@@ -26,7 +29,7 @@ from polyak.training.model_files import write_stub
 _SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
-class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class PolyakPreTrainedModel(PreTrainedModel):
     """What the two models share: weights under polyak's own names, loading, saving, embeddings.
 
     The modules are children of this one, so that weights have the names of `Transformer`'s:
@@ -97,9 +100,10 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         # mismatches come back by name then, instead of as an error that names nothing
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(name, *args, **kwargs)
+            loaded: Any = super().from_pretrained(name, *args, **kwargs)
         except SafetensorError as error:
             raise RunError(f"{name}: the weights cannot be read: {error}") from error
+        model, info = loaded
         kinds = {"missing_keys": "missing", "unexpected_keys": "left over"}
         kinds |= {"mismatched_keys": "of another shape", "error_msgs": "not loaded:"}
         wrong = [f"{said} {_names(info[kind])}" for kind, said in kinds.items() if info.get(kind)]
@@ -113,7 +117,9 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """Transformers 5 would take a table that is missing under both its names for loaded."""
-        if all(set(pair) <= loading_info.missing_keys for pair in self.all_tied_weights_keys.items()):
+        if all(
+            set(pair) <= loading_info.missing_keys for pair in self.all_tied_weights_keys.items()
+        ):
             for source in self.all_tied_weights_keys.values():
                 raise RunError(
                     f"{self.name_or_path}: weights do not fit config.json (missing {source})"
@@ -173,6 +179,7 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         )
         after = self.config.vocab_size
         if after != before:
+            stream: Any
             for stream in self.transformer.streams.values():
                 stream.tokens = self._get_resized_embeddings(
                     stream.tokens, after, mean_resizing=mean_resizing
@@ -226,7 +233,7 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 features = self.transformer.features(input_ids, **context)
             except IndexError as error:  # of the look-up, on a CPU
                 top, size = int(input_ids.max()), self.config.vocab_size
-                if 0 <= int(input_ids.min()) and top < size:
+                if int(input_ids.min()) >= 0 and top < size:
                     raise
                 raise ConfigError(
                     f"input_ids go from {int(input_ids.min())} to {top}, but vocab_size={size}; "
@@ -239,7 +246,8 @@ class PolyakPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def _choices(self, hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
         """What was asked for, or what the configuration says."""
         hidden = self.config.output_hidden_states if hidden_states is None else hidden_states
-        return bool(hidden), self.config.return_dict if return_dict is None else return_dict
+        named = self.config.return_dict if return_dict is None else return_dict
+        return bool(hidden), bool(named)
 
 
 def _recomputed(recompute: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
@@ -258,7 +266,9 @@ def _hidden_states(transformer: Transformer, wanted: bool) -> Iterator[list[Tens
         return
     blocks = list(transformer.blocks)
     hooks = [blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda *call: seen.append(call[2][0])) for block in blocks]
+    hooks += [
+        block.register_forward_hook(lambda *call: seen.append(call[2][0])) for block in blocks
+    ]
     try:
         yield seen
     finally:

@@ -1,5 +1,8 @@
 """`PolyakForCausalLM` and `PolyakForMaskedLM`: what `AutoModelFor…` makes of a polyak model."""
 
+# mypy: disable-error-code="override,no-untyped-call,misc,unused-ignore"
+# (signatures of transformers differ between its versions, and some have no types)
+
 from __future__ import annotations
 
 import inspect
@@ -15,7 +18,7 @@ from polyak.errors import ConfigError
 from polyak.interop.huggingface.base import PolyakPreTrainedModel
 
 
-class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
     """A language model whose layers are optimizer steps."""
 
     _causal = True
@@ -173,7 +176,7 @@ def _told_where(cache: Any, input_ids: Tensor | None) -> Any:
     return _Told(cache, positions)
 
 
-class _ContextEnd(StoppingCriteria):  # type: ignore[misc]
+class _ContextEnd(StoppingCriteria):
     """Stops with the last token that a model can predict: it has no positions for more."""
 
     def __init__(self, context_length: int) -> None:
