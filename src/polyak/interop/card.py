@@ -136,11 +136,12 @@ def _training(
 ) -> dict[str, str]:
     """What the run measured; a value that it did not record is left out."""
     training, validation = settings["training"], settings["validation"]
+    corpus = settings["corpus"]
     losses = [row["loss"] for row in folder.metrics("train") if row.get("loss") is not None]
     flops = [row["flops"] for row in folder.metrics() if row.get("flops")]
     loss = result["loss"]
     rows = {
-        "corpus": f"{settings['corpus']['name']} (SHA-256 {settings['corpus']['fingerprint'][:16]}…)",
+        "corpus": f"{corpus['name']} (SHA-256 {corpus['fingerprint'][:16]}…)",
         "tokenizer": settings["tokenizer"]["name"],
         "steps": f"{result['steps']:,}",
         "tokens": f"{result['tokens']:,}" if result.get("tokens") else "",

@@ -1,4 +1,4 @@
-"""The files of a `model/` folder that Hugging Face's Auto classes read, beside weights and tokenizer.
+"""What Hugging Face's Auto classes read in a `model/` folder beside weights and tokenizer.
 
 config.json             what the model is: our part under `polyak`, and the names others look for
 modeling_polyak.py      imports the installed package, for `trust_remote_code=True`
@@ -32,7 +32,7 @@ STANDARD_NAMES = {
 }
 """What transformers calls fields of `ModelConfig`."""
 
-_STUB_TEXT = '''"""Loads this model with `trust_remote_code=True`; the code is in the package polyak.
+_STUB_TEXT = '''"""Loads this model with `trust_remote_code=True`; its code is in the package polyak.
 
     pip install "polyak[hf]"
 """
@@ -58,6 +58,7 @@ def attention_calls(config: ModelConfig) -> int:
         config.num_heads,
         norm_eps=config.norm_eps,
         bias=config.bias,
+        norm_kind=config.norm,
         options=config.rule_options,
     )
     return config.num_layers * step.oracle_calls
@@ -77,7 +78,7 @@ def standard_values(config: ModelConfig) -> dict[str, Any]:
     return {
         **{theirs: getattr(config, ours) for theirs, ours in STANDARD_NAMES.items()},
         "num_hidden_layers": attention_calls(config),
-        "num_key_value_heads": getattr(config, "num_kv_heads", None) or config.num_heads,
+        "num_key_value_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.head_dim,
     }
 

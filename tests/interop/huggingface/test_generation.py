@@ -18,6 +18,7 @@ from transformers import (
 
 from polyak import rules
 from polyak.errors import ConfigError
+from polyak.nn.presets import preset_fields
 from tests.interop.huggingface.conftest import one_line
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
@@ -41,10 +42,13 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rule", rules.names())
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("preset", ["paper", "llama"])
 def test_padding_changes_nothing(
-    tiny: Callable[..., Any], rule: str, side: str, causal: bool
+    tiny: Callable[..., Any], rule: str, side: str, causal: bool, preset: str
 ) -> None:
-    model = tiny(rule, causal=causal).double()  # orthogonalising makes rounding large
+    model = tiny(
+        rule, causal=causal, **preset_fields(preset, 3)
+    ).double()  # orthogonalising makes rounding large
     ids, mask = padded(side)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
@@ -58,10 +62,11 @@ def test_padding_changes_nothing(
 
 @pytest.mark.parametrize("rule", rules.names())
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("preset", ["paper", "llama"])
 def test_cached_decoding_is_the_full_forward_past_left_padding_too(
-    tiny: Callable[..., Any], rule: str, cache: Callable[[Any], Any]
+    tiny: Callable[..., Any], rule: str, cache: Callable[[Any], Any], preset: str
 ) -> None:
-    model = tiny(rule).double()
+    model = tiny(rule, **preset_fields(preset, 3)).double()
     ids, mask = padded("left")
     with torch.no_grad():
         whole = model(ids, attention_mask=mask).logits

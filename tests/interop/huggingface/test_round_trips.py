@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import polyak.interop.huggingface as hf
 from polyak import ModelConfig, Transformer, rules
 from polyak.errors import ConfigError, PolyakError, RuleError, RunError, UnknownNameError
+from polyak.nn.presets import preset_fields
 from tests.interop.huggingface.conftest import one_line
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "my_rule.py"
@@ -26,6 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "biases": {"bias": True, "norm_eps": 1e-3},
     "dropout": {"dropout": 0.25},
     "encoder": {"causal": False},
+    "gpt2": preset_fields("gpt2", 3),
+    "llama": {**preset_fields("llama", 3), "qk_norm": True},
+    "llama tied": {**preset_fields("llama", 3), "tie_embeddings": True, "causal": False},
     "everything": {"tie_embeddings": False, "splitting": "simultaneous", "bias": True},
 }
 

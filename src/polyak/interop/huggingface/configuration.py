@@ -83,7 +83,9 @@ class PolyakConfig(PretrainedConfig):
             kwargs.pop(name, None)
         self.polyak, self.use_cache = fields, use_cache
         kwargs.setdefault("use_cache", True)
-        super().__init__(tie_word_embeddings=fields["tie_embeddings"], **kwargs)
+        # transformers 4 has it as an argument and would set its own default
+        kwargs["tie_word_embeddings"] = fields["tie_embeddings"]
+        super().__init__(**kwargs)
 
     def model_config(self) -> ModelConfig:
         """The architecture, validated.
