@@ -32,7 +32,7 @@ STANDARD_NAMES = {
 }
 """What transformers calls fields of `ModelConfig`."""
 
-_STUB_TEXT = '''"""Loads this model with `trust_remote_code=True`; its code is in the package polyak.
+_STUB_TEXT = '''"""Loads this model with `trust_remote_code=True`, from the package polyak.
 
     pip install "polyak[hf]"
 """
