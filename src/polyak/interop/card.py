@@ -134,40 +134,48 @@ def _training(
     result: Mapping[str, Any],
     folder: RunFolder,
 ) -> dict[str, str]:
-    """What the run measured; a value that it did not record is left out."""
-    training, validation = settings["training"], settings["validation"]
-    corpus = settings["corpus"]
-    losses = [row["loss"] for row in folder.metrics("train") if row.get("loss") is not None]
+    """What the run measured. What it does not know, as of an imported model, is left out."""
+    corpus, training = settings.get("corpus"), settings.get("training")
+    validation, loss = settings.get("validation"), result["loss"]
+    rows: dict[str, str] = {}
+    if corpus:
+        rows["corpus"] = f"{corpus['name']} (SHA-256 {corpus['fingerprint'][:16]}…)"
+    rows["tokenizer"] = settings["tokenizer"]["name"]
+    for name in ("steps", "tokens"):
+        if result.get(name):
+            rows[name] = f"{result[name]:,}"
     flops = [row["flops"] for row in folder.metrics() if row.get("flops")]
-    loss = result["loss"]
-    rows = {
-        "corpus": f"{corpus['name']} (SHA-256 {corpus['fingerprint'][:16]}…)",
-        "tokenizer": settings["tokenizer"]["name"],
-        "steps": f"{result['steps']:,}",
-        "tokens": f"{result['tokens']:,}" if result.get("tokens") else "",
-        "FLOPs": f"{flops[-1]:.3g}" if flops else "",
-        "optimizer": f"{training['optimizer']}, batch {training['batch_size']} sequences",
-        "seed": str(training["seed"]),
-    }
+    if flops:
+        rows["FLOPs"] = f"{flops[-1]:.3g}"
+    if training:
+        rows["optimizer"] = f"{training['optimizer']}, batch {training['batch_size']} sequences"
+        rows["seed"] = str(training["seed"])
     if loss is not None:
-        rows["validation loss"] = f"{loss:.4f} nats a token ({validation['tokens']:,} tokens)"
-        rows["perplexity"] = f"{math.exp(loss):.4g}" if loss < 700 else ""
-        if validation.get("bytes"):
+        counted = f" ({validation['tokens']:,} tokens)" if validation else ""
+        rows["validation loss"] = f"{loss:.4f} nats a token{counted}"
+        if loss < 700:  # beyond, exp overflows
+            rows["perplexity"] = f"{math.exp(loss):.4g}"
+        if validation and validation.get("bytes"):
             bits = loss * validation["tokens"] / validation["bytes"] / math.log(2)
             rows["validation bits per byte"] = f"{bits:.4f}"
+    losses = [row["loss"] for row in folder.metrics("train") if row.get("loss") is not None]
     if losses:
         rows["training loss, last logged"] = f"{losses[-1]:.4f} nats a token"
-    machine = environment["machine"]
+    if training:  # else the machine and the versions are those of the import
+        rows |= _where(environment, result)
+    return rows
+
+
+def _where(environment: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+    machine, rows = environment["machine"], {}
     if result.get("seconds"):
         rows["time"] = f"{result['seconds']:,.1f} s"
     if result.get("tokens_per_second"):
         rows["tokens a second"] = f"{result['tokens_per_second']:,.0f}"
-    device = machine["device"]
-    rows["hardware"] = f"{machine['cpu']}, {machine['cores']} cores" + (
-        f", {device}" if device != "cpu" else ""
-    )
+    device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    rows["hardware"] = f"{machine['cpu']}, {machine['cores']} cores{device}"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
-    return {name: value for name, value in rows.items() if value}
+    return rows
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -115,6 +115,22 @@ def test_a_run_from_before_is_shared_in_full(run: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_run_that_knows_little_of_its_training_has_a_card_all_the_same(
+    run: Path, tmp_path: Path
+) -> None:
+    imported = tmp_path / "imported"
+    shutil.copytree(run, imported)
+    recorded = json.loads((run / "run.json").read_text())
+    kept = {name: recorded["settings"][name] for name in ("model", "tokenizer")}
+    (imported / "run.json").write_text(json.dumps({**recorded, "settings": kept}))
+    (imported / "result.json").write_text('{"steps": null, "loss": null}')
+    (imported / "metrics.jsonl").unlink()
+    table = rows((hf.share(imported, tmp_path / "shared") / "README.md").read_text())
+    assert table["tokenizer"] == "bytes"
+    assert table.keys() >= {"rule", "parameters"}
+    assert not table.keys() & {"steps", "corpus", "validation loss", "hardware", "versions"}
+
+
 def test_what_cannot_be_shared_is_one_line(run: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
