@@ -17,9 +17,9 @@ from polyak.training.loop import train
 Make = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["POLYAK_CACHE"] = str(tmp_path_factory.getbasetemp() / "interop-cache")
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYAK_CACHE", str(tmp_path_factory.getbasetemp() / "interop-cache"))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of triple_momentum on bytes; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    train(run_config(corpus, "triple_momentum", steps=3, context_length=24), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYAK_CACHE", str(tmp_path_factory.getbasetemp() / "interop-cache"))
+        train(run_config(corpus, "triple_momentum", steps=3, context_length=24), folder)
     return folder
 
 

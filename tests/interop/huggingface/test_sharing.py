@@ -182,7 +182,14 @@ def test_pushed_models_arrive_with_their_card_and_load(run: Path, tmp_path: Path
         assert AutoTokenizer.from_pretrained(folder).decode([104, 105]) == "hi"
 
 
-@pytest.mark.parametrize("why", ["offline", "nobody answers", "wrong token"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "offline",
+        pytest.param("nobody answers", marks=pytest.mark.slow),
+        pytest.param("wrong token", marks=pytest.mark.slow),
+    ],
+)
 def test_a_push_that_fails_is_one_line(run: Path, tmp_path: Path, why: str) -> None:
     code = f"import polyak.interop.huggingface as hf\nhf.push({str(run)!r}, 'me/mine')"
     with hub(tmp_path / "hub", token="hf_secret") as address:
