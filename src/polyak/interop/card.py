@@ -24,7 +24,7 @@ PAPERS = {
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))

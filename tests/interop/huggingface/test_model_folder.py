@@ -156,7 +156,7 @@ REMOTE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 assert "polyak" not in sys.modules
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
 ids = model.generate(**tokenizer(["the", "a"], return_tensors="pt", padding=True),
                      max_new_tokens=4, do_sample=False)
