@@ -137,11 +137,12 @@ class _NumericMomentumNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, by_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        beta, v, gamma, u, weight, bias = ctx.saved_tensors[:6]
+        saved = ctx.saved_tensors  # asked for once: checkpoints hand them out once
+        beta, v, gamma, u, weight, bias = saved[:6]
         at = [t for t in (grad, beta, v, gamma, u) if t is not None]
         again = by_u is not None or to_differentiate(*at) or in_legacy_vmap(*at)
         if grad is not None and not again:
-            return *_numeric_gradients(grad, ctx.saved_tensors, ctx.eps), None
+            return *_numeric_gradients(grad, saved, ctx.eps), None
         ratio = beta / gamma
         inputs = beta, v, gamma, u - ratio * v, weight, bias
         grad = torch.zeros_like(u) if grad is None else grad

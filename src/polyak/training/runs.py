@@ -3,7 +3,7 @@
 run.json        resolved settings, fingerprints, versions, hardware; written first
 metrics.jsonl   one line per logged step, validation and event
 checkpoints/    see `polyak.training.checkpoints`
-model/          config.json, model.safetensors, tokenizer.json
+model/          config.json, model.safetensors, tokenizer.json, and what else Hugging Face reads
 result.json     how the run ended; written last, so a run without it did not finish
 """
 
@@ -275,6 +275,8 @@ def _memory_bytes() -> int | None:
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, world: World) -> None:
     """Write configuration, weights (tied ones once) and tokenizer into `folder`.
 
+    `load_run` reads it, and so do Hugging Face's Auto classes (`polyak.training.model_files`).
+
     Every process calls it, since sharded weights are gathered; the first one writes.
 
     Raises:
@@ -283,13 +285,15 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, world: Wo
     from safetensors.torch import save
 
     from polyak.training.dtensors import whole
+    from polyak.training.model_files import write_model_files
 
     weights = {name: whole(p.detach()).cpu().contiguous() for name, p in model.named_parameters()}
     if not world.main:
         return
     make_folder(folder)
     tokenizer.save(folder)
-    write_json(folder / "config.json", {"polyak": model.config.to_dict()})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_model_files(folder, model.config, tokenizer, dtype)
     write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
 
 

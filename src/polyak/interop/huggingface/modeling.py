@@ -1,0 +1,232 @@
+"""`PolyakForCausalLM` and `PolyakForMaskedLM`: what `AutoModelFor…` makes of a polyak model."""
+
+# mypy: disable-error-code="override,no-untyped-call,misc,unused-ignore"
+# (signatures of transformers differ between its versions, and some have no types)
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+
+from polyak.errors import ConfigError
+from polyak.interop.huggingface.base import PolyakPreTrainedModel
+
+
+class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
+    """A language model whose layers are optimizer steps."""
+
+    _causal = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab) and, with labels, the loss of the token after each position.
+
+        Args:
+            input_ids: tokens (B, T); with a cache, those after the cached ones.
+            attention_mask: (B, S), 1 for real tokens, 0 for padding on either side; S counts
+                cached tokens.
+            position_ids: (B, T); default 0, 1, … from the first real token.
+            past_key_values: a cache of transformers.
+            inputs_embeds: refused; streams have tables of their own.
+            labels: (B, T), not shifted; -100 is left out.
+            use_cache: return a cache to go on with; by default when not training.
+            output_attentions: refused.
+            output_hidden_states: also return x before the first block, after each, and, last,
+                after the final norm.
+            return_dict: a named output; otherwise a tuple.
+            logits_to_keep: only for the last so many positions, or those of a tensor; 0 for all.
+            num_items_in_batch: what to divide the summed loss by, as Trainer says when it
+                accumulates gradients.
+
+        Raises:
+            ConfigError: the sequence is longer than the context, or an argument does not fit.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ConfigError("logits_to_keep: labels need all logits; leave one of the two out")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden, named = self._choices(output_hidden_states, return_dict)
+        logits, states = self._logits(
+            input_ids,
+            inputs_embeds,
+            output_attentions,
+            hidden,
+            logits_to_keep,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=_told_where(past_key_values, input_ids),
+        )
+        loss = None
+        if labels is not None:
+            scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **scale)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=states,
+        )
+        return output if named else output.to_tuple()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as everywhere in transformers; where the context ends, it stops and warns.
+
+        Raises:
+            ConfigError: the prompt alone is longer than the context.
+        """
+        end = _ContextEnd(self.config.max_position_embeddings)
+        return super().generate(
+            inputs,
+            generation_config,
+            logits_processor,
+            StoppingCriteriaList([*(stopping_criteria or ()), end]),
+            *args,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of `forward` for the tokens that are not cached yet.
+
+        The mask stays (B, S), whatever the cache: attention makes its own from it.
+        """
+        length = next_sequence_length
+        if length is None and cache_position is not None:  # transformers 4
+            length = len(cache_position)
+        if length is not None:
+            input_ids = input_ids[:, -length:] if length else input_ids[:, :0]
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.contiguous(),
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "inputs_embeds": inputs_embeds,
+        }
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids[:, -input_ids.shape[1] :]
+        if logits_to_keep is not None:
+            inputs["logits_to_keep"] = logits_to_keep
+        return inputs
+
+
+class _Told:
+    """A cache of transformers 4, whose static kinds must be told where to write."""
+
+    def __init__(self, cache: Any, positions: Tensor) -> None:
+        self.cache, self.positions = cache, positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any:
+        """See `polyak.nn.cache.Cache`."""
+        where = {"cache_position": self.positions}
+        return self.cache.update(key_states, value_states, layer_idx, where)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """See `polyak.nn.cache.Cache`."""
+        return self.cache.get_seq_length(layer_idx)
+
+
+def _told_where(cache: Any, input_ids: Tensor | None) -> Any:
+    update = getattr(cache, "update", None)
+    if input_ids is None or update is None:
+        return cache
+    if "cache_kwargs" not in inspect.signature(update).parameters:  # transformers 5
+        return cache
+    past = int(cache.get_seq_length())
+    positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    return _Told(cache, positions)
+
+
+class _ContextEnd(StoppingCriteria):
+    """Stops with the last token that a model can predict: it has no positions for more."""
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether each sequence of the batch is done."""
+        end = input_ids.shape[1] > self.context_length
+        if end:
+            warnings.warn(
+                f"generation stops here, at the end of context_length={self.context_length}",
+                stacklevel=2,
+            )
+        return torch.full(input_ids.shape[:1], end, dtype=torch.bool, device=input_ids.device)
+
+
+class PolyakForMaskedLM(PolyakPreTrainedModel):
+    """An encoder (`causal=False`) whose layers are optimizer steps; it predicts masked tokens."""
+
+    _causal = False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab) and, with labels, the loss of the token at each position.
+
+        Arguments and errors are those of `PolyakForCausalLM.forward`.
+        """
+        hidden, named = self._choices(output_hidden_states, return_dict)
+        logits, states = self._logits(
+            input_ids,
+            inputs_embeds,
+            output_attentions,
+            hidden,
+            0,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        loss = None
+        if labels is not None:
+            scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **scale)
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
+        return output if named else output.to_tuple()

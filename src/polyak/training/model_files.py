@@ -1,0 +1,150 @@
+"""What Hugging Face's Auto classes read in a `model/` folder beside weights and tokenizer.
+
+config.json             what the model is: our part under `polyak`, and the names others look for
+modeling_polyak.py      imports the installed package, for `trust_remote_code=True`
+generation_config.json  the special ids
+tokenizer_config.json   how `tokenizer.json` is to be used
+
+Written without transformers, which a training machine need not have.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from polyak.data.tokenizers import Tokenizer
+    from polyak.nn.config import ModelConfig
+
+MODEL_TYPE = "polyak"
+STUB = "modeling_polyak"
+"""Name of the module in the folder that `auto_map` points to."""
+
+STANDARD_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "context_length",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""What transformers calls fields of `ModelConfig`."""
+
+_STUB_TEXT = '''"""Loads this model with `trust_remote_code=True`, from the package polyak.
+
+    pip install "polyak[hf]"
+"""
+
+from polyak.interop.huggingface import PolyakConfig, PolyakForCausalLM, PolyakForMaskedLM
+
+__all__ = ["PolyakConfig", "PolyakForCausalLM", "PolyakForMaskedLM"]
+'''
+
+
+def attention_calls(config: ModelConfig) -> int:
+    """Calls of attention in a forward pass, each of which has its own keys and values to cache.
+
+    Raises:
+        PolyakError: the rule is not there, or its step fails when run to count them.
+    """
+    from polyak import rules
+    from polyak.rules._cost import step_cost
+
+    step = step_cost(
+        rules.get(config.rule),
+        config.d_model,
+        config.num_heads,
+        norm_eps=config.norm_eps,
+        bias=config.bias,
+        norm_kind=config.norm,
+        options=config.rule_options,
+    )
+    return config.num_layers * step.oracle_calls
+
+
+def auto_classes(config: ModelConfig) -> dict[str, str]:
+    """Auto class → our class, for `auto_map`: a language model, or an encoder if not causal."""
+    model = "CausalLM" if config.causal else "MaskedLM"
+    return {"AutoConfig": "PolyakConfig", f"AutoModelFor{model}": f"PolyakFor{model}"}
+
+
+def standard_values(config: ModelConfig) -> dict[str, Any]:
+    """The configuration under the names that transformers and its caches look for.
+
+    `num_hidden_layers` is the number of key-value slots, as caches are built from it.
+    """
+    return {
+        **{theirs: getattr(config, ours) for theirs, ours in STANDARD_NAMES.items()},
+        "num_hidden_layers": attention_calls(config),
+        "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The end of text begins, ends and pads: there is no other special token."""
+    end = tokenizer.end_of_text
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+
+
+def hugging_face_config(
+    config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The content of `config.json`."""
+    classes = auto_classes(config)
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [name for auto, name in classes.items() if auto != "AutoConfig"],
+        "auto_map": {auto: f"{STUB}.{name}" for auto, name in classes.items()},
+        "dtype": dtype,
+        **(special_ids(tokenizer) if tokenizer is not None else {}),
+        **standard_values(config),
+        "polyak": config.to_dict(),
+    }
+
+
+def tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`.
+
+    `split_special_tokens`: text that spells `<|endoftext|>` is text, as in polyak's own tokenizer.
+    Padding is on the left, where generation needs it.
+    """
+    from polyak.data.tokenizers import END_OF_TEXT
+
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config.context_length,
+    }
+
+
+def write_stub(folder: Path) -> None:
+    """Write the module that `auto_map` points to.
+
+    Raises:
+        UnwritableError: the folder cannot be written.
+    """
+    write_atomic(folder / f"{STUB}.py", _STUB_TEXT)
+
+
+def write_model_files(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32"
+) -> None:
+    """Write all of these files; weights and `tokenizer.json` are written by others.
+
+    Raises:
+        UnwritableError: the folder cannot be written.
+    """
+    write_stub(folder)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(config))
+    if config.causal:
+        write_json(folder / "generation_config.json", special_ids(tokenizer))
+    write_json(folder / "config.json", hugging_face_config(config, tokenizer, dtype))
