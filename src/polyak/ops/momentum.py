@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     apply,
+    differentiable,
     dot,
     in_legacy_vmap,
     number,
@@ -49,7 +50,7 @@ def axpy_through(scale: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: as `axpy`.
     """
     plain = plain_form_needed() or scale.numel() != 1 or v.shape != x.shape
-    if plain or not readable((scale,), v, x):
+    if plain or not differentiable() or not readable((scale,), v, x):
         return axpy(scale, v, x), v
     result: tuple[Tensor, Tensor] = apply(_AxpyThrough, scale, v, x)
     return result

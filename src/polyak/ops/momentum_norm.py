@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     apply,
+    differentiable,
     dot,
     in_legacy_vmap,
     number,
@@ -42,6 +43,8 @@ def momentum_norm(
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return momentum_norm_reference(beta, v, gamma, g, weight, bias, eps)
     form = _NumericMomentumNorm if _numbers_serve(beta, v, gamma, g) else _MomentumNorm
+    if form is _NumericMomentumNorm and not differentiable():
+        return _numeric_form(beta, v, gamma, g, weight, bias, eps)[0]
     result: Tensor = apply(form, beta, v, gamma, g, weight, bias, eps)
     return result
 
@@ -104,6 +107,21 @@ def _numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
     return readable((beta, gamma), v, g) and number(gamma) > 1e-3 * abs(number(beta)) + 1e-6
 
 
+def _numeric_form(
+    beta: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LN(βv + γg) as LN of g + (β/γ)v with eps/γ², and each row's mean and 1/√(var + eps/γ²)."""
+    gain = number(gamma)
+    u = torch.add(g, v, alpha=number(beta) / gain)
+    return torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
+
+
 class _NumericMomentumNorm(torch.autograd.Function):
     """LN(βv + γg) with fewer passes over memory, β and γ being numbers that can be read.
 
@@ -122,9 +140,8 @@ class _NumericMomentumNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        gain, ctx.eps = number(gamma), eps
-        u = torch.add(g, v, alpha=number(beta) / gain)
-        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
+        ctx.eps = eps
+        y, mean, rstd = _numeric_form(beta, v, gamma, g, weight, bias, eps)
         ctx.save_for_backward(beta, v, gamma, g, weight, bias, y, mean, rstd)
         return y
 
