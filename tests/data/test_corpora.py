@@ -336,7 +336,9 @@ def test_an_unknown_corpus_lists_the_names_and_says_that_there_is_no_such_path(n
     with pytest.raises(UnknownNameError) as caught:
         load_corpus(name)
     message = str(caught.value)
-    assert "(known: c4, lambada, openwebtext, prose, stdlib, tinystories, tinystories-own, " in message
+    assert (
+        "(known: c4, lambada, openwebtext, prose, stdlib, tinystories, tinystories-own, " in message
+    )
     assert "no file or folder of that name" in message
     assert ("did you mean 'stdlib'" in message) == (name == "stdlb")
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "train rules side by side and report what differs",
     "train": "train one model by a recipe, with checkpoints and exact resume",
     "report": "draw the curves of any runs into one page",
+    "generate": "continue texts with a trained model",
     "rules": "print the family of update rules and what they cost",
     "prepare": "turn a corpus into token shards, ready to train on",
     "bench": "time models and numerical kernels, interleaved",

@@ -249,7 +249,6 @@ class BPETokenizer(Tokenizer):
         return hugging_face_json(vocabulary, self._merges, split_words=True)
 
 
-
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote; raises `DataError` where it is missing or was changed."""
     description = read_json(folder / _DESCRIPTION, error=DataError)

@@ -34,7 +34,9 @@ class Decoder:
         config = model.config
         for number, row in enumerate(rows, 1):
             if not len(row):
-                raise ConfigError(f"prompt {number} has no tokens; begin with the end-of-text token")
+                raise ConfigError(
+                    f"prompt {number} has no tokens; begin with the end-of-text token"
+                )
             low, high = min(row), max(row)
             if low < 0 or high >= config.vocab_size:
                 raise ConfigError(

@@ -134,13 +134,14 @@ def generate(
     config: SamplingConfig | None = None,
     *,
     seeds: Sequence[int] | None = None,
+    quiet: bool = False,
 ) -> Iterator[Piece]:
     """Continue texts, all at once; pieces come as soon as their text is certain.
 
     What a row becomes depends on its prompt and seed, and on the rows beside it only through the
     rounding of sums. An empty prompt begins a document: the model is given the end-of-text token.
     Of a prompt longer than the context the last tokens are read; what happens where a text grows
-    beyond the context says `Decoder`. A warning says each of these, once, before the first piece.
+    beyond the context says `Decoder`. Warnings say which of these happen (see `notes`).
 
     Args:
         model: in evaluation mode.
@@ -148,6 +149,7 @@ def generate(
         prompts: texts.
         config: how tokens are drawn, and when a text ends.
         seeds: one per row; default: the configuration's for every row.
+        quiet: give no warnings.
 
     Raises:
         ConfigError: the tokenizer has more ids than the model.
@@ -160,9 +162,9 @@ def generate(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "
             "they do not belong together"
         )
-    rows = [ids.tolist() or [tokenizer.end_of_text] for ids in tokenizer.encode_many(prompts)]
-    for note in notes(model, prompts, rows, config):
+    for note in () if quiet else notes(model, tokenizer, prompts, config):
         warnings.warn(note, stacklevel=2)
+    rows = _rows(tokenizer, prompts)
     generation = Generation(
         model,
         rows,
@@ -217,14 +219,16 @@ def complete(
     ]
 
 
+def _rows(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    return [ids.tolist() or [tokenizer.end_of_text] for ids in tokenizer.encode_many(prompts)]
+
+
 def notes(
-    model: Transformer,
-    prompts: Sequence[str],
-    rows: Sequence[Sequence[int]],
-    config: SamplingConfig,
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig
 ) -> list[str]:
     """One line on everything about prompts and lengths that a user may not expect."""
     found = []
+    rows = _rows(tokenizer, prompts)
     context = model.config.context_length
     empty = [number for number, prompt in enumerate(prompts, 1) if not prompt]
     if empty:

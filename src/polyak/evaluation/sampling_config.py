@@ -19,17 +19,15 @@ class SamplingConfig:
     max_new_tokens: int = 200
     """Most tokens to add to a prompt."""
     temperature: float = 0.8
-    """Logits are divided by it: below 1 likely tokens become likelier. 0 always takes the
-    likeliest."""
+    """Logits are divided by it; 0 always takes the likeliest token."""
     top_k: int | None = None
     """Draw among the K likeliest tokens only."""
     top_p: float | None = None
     """Draw among the fewest likeliest tokens whose probabilities reach P, after top-k."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that occurred before become less likely: their logits are divided by it
-    where positive, multiplied where negative."""
+    """Above 1, tokens that occurred before become less likely."""
     seed: int = 0
-    """Of the draws; a text depends on its own prompt and seed, not on what else is generated."""
+    """Of the draws; a text depends on its prompt and seed, not on those beside it."""
     stop: tuple[str, ...] = ()
     """End a text before this string; can be given several times."""
     ignore_end_of_text: bool = False
