@@ -143,6 +143,11 @@ class ValidationBatches:
         self._bytes = text_bytes
 
     @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where each block begins: the place of its first input token, in order."""
+        return np.asarray(self._starts, dtype=np.int64)
+
+    @property
     def bytes(self) -> int:
         """Bytes of text that all targets stand for, the denominator of bits per byte."""
         if self._byte_table is None:
