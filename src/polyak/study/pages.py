@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
+from polyak.errors import RunError
+from polyak.files import read_json
 from polyak.study import svg
 from polyak.study.words import (
     NONE,
@@ -28,6 +31,7 @@ from polyak.study.words import (
     memory,
     plural,
     short,
+    with_error,
 )
 
 
@@ -50,6 +54,7 @@ def environment() -> jinja2.Environment:
         interval=interval_text,
         difference=difference_text,
         mean_and_sd=mean_and_sd,
+        with_error=with_error,
         fixed=fixed,
         listed=listed,
         plural=plural,
@@ -59,6 +64,23 @@ def environment() -> jinja2.Environment:
     )
     made.globals.update(NONE=NONE, palette=svg.css())
     return made
+
+
+def check_out(out: Path, kind: str) -> None:
+    """Refuse to write over what another command found.
+
+    Raises:
+        RunError: the results.json in `out` is of another kind.
+    """
+    if not (out / "results.json").exists():
+        return
+    found = read_json(out / "results.json")
+    there = found.get("kind") if isinstance(found, dict) else None
+    if there != kind:
+        raise RunError(
+            f"{out} holds the results of another command ({there or 'unknown'}); "
+            "choose another --out"
+        )
 
 
 def breakable(text: str) -> Markup:

@@ -15,9 +15,9 @@ from typing import Any
 from markupsafe import Markup
 
 from polyak.errors import RunError
-from polyak.files import make_folder, read_json, write_atomic, write_json
+from polyak.files import make_folder, write_atomic, write_json
 from polyak.study import figures, run_figures, svg
-from polyak.study.pages import environment, machine_of
+from polyak.study.pages import check_out, environment, machine_of
 from polyak.study.results import commit, mean_scalars, now
 from polyak.study.run_rows import read_run
 from polyak.study.words import fixed, listed, plural
@@ -45,7 +45,7 @@ def report(paths: Sequence[Path], out: Path, *, command: str) -> dict[str, Any]:
             another command.
     """
     folders = find_runs(paths)
-    _check_out(out)
+    check_out(out, KIND)
     read = [
         read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)
     ]
@@ -54,19 +54,6 @@ def report(paths: Sequence[Path], out: Path, *, command: str) -> dict[str, Any]:
     write_json(out / "results.json", results)
     write_atomic(out / "report.html", render(results))
     return results
-
-
-def _check_out(out: Path) -> None:
-    """Refuse to write over what another command found."""
-    if not (out / "results.json").exists():
-        return
-    found = read_json(out / "results.json")
-    kind = found.get("kind") if isinstance(found, dict) else None
-    if kind != KIND:
-        raise RunError(
-            f"{out} holds the results of another command ({kind or 'unknown'}); "
-            "choose another --out"
-        )
 
 
 def gather(read: Sequence[dict[str, Any]], *, command: str) -> dict[str, Any]:

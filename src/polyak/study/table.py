@@ -25,7 +25,8 @@ from polyak.study.words import (
 WORDS = {"better": "below", "worse": "above", "unresolved": "unclear"}
 
 
-def _table(title: str, *columns: str) -> Table:
+def house_table(title: str, *columns: str) -> Table:
+    """A table in the package's style: names to the left, numbers to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.title_justify = "left"
     table.add_column(columns[0], no_wrap=True)  # folded already, where it means something
@@ -39,7 +40,7 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
     baseline = results["baseline"]
     places = loss_places(results)
     seeds = len({run["seed"] for run in results["runs"]})
-    losses = _table(
+    losses = house_table(
         f"Last validation loss, {seeds} seed{'s' if seeds != 1 else ''}; "
         f"difference from {baseline}",
         "",
@@ -48,7 +49,7 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
         "simultaneous\n95% interval",
         "",
     )
-    costs = _table(
+    costs = house_table(
         "Cost",
         "",
         "bits/byte\nmean ± s.d.",
@@ -86,10 +87,13 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
 
 def table_text(results: Mapping[str, Any], width: int = 80) -> str:
     """The tables as plain text, every line at most `width` columns."""
+    return as_text(tables(results), width)
+
+
+def as_text(shown: RenderableType, width: int = 80) -> str:
+    """Anything rich prints as plain text, every line at most `width` columns."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, force_terminal=False).print(
-        tables(results)
-    )
+    Console(file=stream, width=width, color_system=None, force_terminal=False).print(shown)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 

@@ -112,6 +112,14 @@ def mean_and_sd(value: Mapping[str, Any] | None, places: int) -> str:
     return mean if value["sd"] is None else f"{mean} ± {value['sd']:.{places}f}"
 
 
+def with_error(value: Mapping[str, Any] | None, places: int = 4) -> str:
+    """`1.4963 ± 0.0051`, a value and its standard error; the value alone where there is none."""
+    if not value or value["value"] is None:
+        return NONE
+    text = fixed(value["value"], places)
+    return text if value["se"] is None else f"{text} ± {value['se']:.{places}f}"
+
+
 def interval_text(difference: Mapping[str, Any] | None) -> str:
     """`−0.044 to −0.010`; a dash where there is no interval."""
     if not difference or difference["low"] is None:
