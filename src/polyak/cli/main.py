@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "train rules side by side and report what differs",
     "train": "train one model by a recipe, with checkpoints and exact resume",
     "evaluate": "loss, bits per byte and perplexity of trained models on any text",
+    "forgetting": "train on another corpus and measure what is forgotten",
     "report": "draw the curves of any runs into one page",
     "generate": "continue texts with a trained model",
     "rules": "print the family of update rules and what they cost",

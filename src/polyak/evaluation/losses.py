@@ -152,7 +152,7 @@ def token_losses(
     blocks = ValidationBatches(side, length, BATCH, tokens)
     starts = blocks.starts
     targets = np.concatenate([batch[:, 1:] for batch in blocks])
-    nats = np.full(targets.size, np.nan)
+    nats: Array = np.full(targets.size, np.nan)
     for group in _grouped(windows(starts, length, stride), _rows(subject, length)):
         _score(subject.model, side, group, subject.device, nats)
         if tick is not None:
@@ -237,6 +237,11 @@ def clusters(losses: Losses, over: str) -> NDArray[np.int64]:
     return np.repeat(np.arange(blocks), length)
 
 
+def _sums(number: NDArray[np.int64], values: Array | None = None) -> Array:
+    """Of each cluster the sum of its tokens' values, or the number of its tokens."""
+    return np.asarray(np.bincount(number, values), dtype=np.float64)
+
+
 def summary(losses: Losses) -> dict[str, Any]:
     """Loss, bits per byte and perplexity, each with its standard error; ready for JSON.
 
@@ -247,11 +252,7 @@ def summary(losses: Losses) -> dict[str, Any]:
     found: dict[str, tuple[Array, Array, Array]] = {}
     for over in ("blocks", "documents"):
         number = clusters(losses, over)
-        found[over] = (
-            np.bincount(number, nats),
-            np.bincount(number).astype(np.float64),
-            np.bincount(number, sizes),
-        )
+        found[over] = _sums(number, nats), _sums(number), _sums(number, sizes)
     errors = {over: ratio(sums, counts)[1] for over, (sums, counts, _) in found.items()}
     over = max(errors, key=lambda name: -1.0 if errors[name] is None else errors[name] or 0.0)
     sums, counts, bytes_ = found[over]
@@ -289,8 +290,7 @@ def difference(one: Losses, base: Losses) -> dict[str, Any] | None:
     errors = []
     for over in ("blocks", "documents"):
         number = clusters(one, over)
-        counts = np.bincount(number).astype(np.float64)
-        errors.append(ratio(np.bincount(number, gaps), counts)[1])
+        errors.append(ratio(_sums(number, gaps), _sums(number))[1])
     known = [error for error in errors if error is not None]
     return {"value": float(gaps.mean()), "se": max(known, default=None)}
 

@@ -33,7 +33,7 @@ from polyak.training.runs import environment as this_environment
 
 FORMAT = 1
 KIND = "evaluation"
-NAME = 24
+NAME = 22
 """Columns for a run's name in the terminal."""
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done, from 0 to 1, and with what is under way."""
@@ -95,7 +95,7 @@ class _Evaluation:
             "settings": {**settings, "out": os.fspath(config.out)},
             "baseline": subjects[0].name,
             "entries": [{"name": subject.name} for subject in subjects],
-            "runs": [_about(subject) for subject in subjects],
+            "runs": [{**about(subject), "corpora": [], "attention": None} for subject in subjects],
             "warnings": [],
         }
 
@@ -172,7 +172,7 @@ class _Evaluation:
         write_atomic(self.config.out / "report.html", render(self.results))
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def about(subject: Subject) -> dict[str, Any]:
     """What a results file says of a run before anything is measured."""
     settings = subject.settings
     return {
@@ -180,11 +180,10 @@ def _about(subject: Subject) -> dict[str, Any]:
         "folder": os.fspath(subject.folder),
         "rule": settings.get("model", {}).get("rule"),
         "seed": settings.get("training", {}).get("seed"),
+        "trained_with": settings.get("training", {}).get("optimizer"),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "context_length": subject.context_length,
         "tokenizer": subject.tokenizer.name,
-        "corpora": [],
-        "attention": None,
     }
 
 
@@ -253,7 +252,7 @@ def _loss_table(results: Mapping[str, Any], place: int, first: Mapping[str, Any]
         "",
         "nats/token",
         "bits/byte",
-        "perplexity",
+        "ppl",
         "difference",
     )
     for run in results["runs"]:
