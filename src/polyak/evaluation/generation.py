@@ -203,12 +203,13 @@ def complete(
     config: SamplingConfig | None = None,
     *,
     seeds: Sequence[int] | None = None,
+    quiet: bool = False,
 ) -> list[Completion]:
     """`generate`, to the end: one completion per prompt."""
     texts: list[list[str]] = [[] for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     ends: dict[int, End] = {}
-    for piece in generate(model, tokenizer, prompts, config, seeds=seeds):
+    for piece in generate(model, tokenizer, prompts, config, seeds=seeds, quiet=quiet):
         texts[piece.row].append(piece.text)
         tokens[piece.row].append(piece.token)
         if piece.end is not None:
