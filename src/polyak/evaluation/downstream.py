@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Tasks:
         if folder is not None and not folder.is_dir():
             raise DataError(f"task folder {folder} does not exist")
         self.names, self.shots, self.limit = list(names), shots, limit
+        self.version = version("lm_eval")
         self._manager = TaskManager(include_path=None if folder is None else str(folder))
         known = list(self._manager.all_tasks)
         for name in names:
