@@ -98,7 +98,7 @@ def directly(model: Transformer, context: str, continuation: str) -> tuple[float
 
 
 PAIRS = [
-    ("the ", "fox"), ("", "a"), ("a longer context than the model reads", " straße"), ("the ", "f"),
+    ("the", " fox"), ("", "a"), ("a longer context than the model reads", " straße"), ("the", " f"),
     ("x", "twenty-four bytes of text"[:24]), ("a", " b"), ("lazy dog", " jumps over"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyak.errors import ConfigError
 from polyak.nn.cache import KeyValueCache
+from polyak.nn.one_token import OneToken
 from polyak.nn.transformer import Transformer
 
 
@@ -52,6 +53,7 @@ class Decoder:
         self._cache: KeyValueCache | None = None
         self._padding: Tensor | None = None
         self._width = 0
+        self._one: OneToken | None = None  # once a row is alone and without padding
 
     def logits(self, tokens: Tensor | None = None) -> Tensor:
         """Logits (rows, V) for the token after each row.
@@ -72,7 +74,15 @@ class Decoder:
                     self.rereads[place] += 1
             return self._read()
         self._width += 1
-        return self._forward(tokens[:, None])
+        if self._one is None and self._alone:
+            assert self._cache is not None
+            self._one, self._cache = OneToken(self.model, self._cache), None
+        return self._forward(tokens[:, None]) if self._one is None else self._one.logits(tokens)
+
+    @property
+    def _alone(self) -> bool:
+        alone = len(self.rows) == 1 and self._padding is None
+        return alone and not self.model.training and OneToken.supports(self.model)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -88,6 +98,7 @@ class Decoder:
         """Read all rows from their beginning into a new cache."""
         lengths = [len(row) for row in self.rows]
         self._width = width = max(lengths)
+        self._one = None
         self._cache = KeyValueCache(self.context)
         ids = torch.tensor(
             [[0] * (width - len(row)) + row for row in self.rows], device=self.device

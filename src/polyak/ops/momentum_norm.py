@@ -42,7 +42,7 @@ def momentum_norm(
     """
     if plain_form_needed() or beta.numel() != 1 or gamma.numel() != 1 or v.shape != g.shape:
         return momentum_norm_reference(beta, v, gamma, g, weight, bias, eps)
-    form = _NumericMomentumNorm if _numbers_serve(beta, v, gamma, g) else _MomentumNorm
+    form = _NumericMomentumNorm if numbers_serve(beta, v, gamma, g) else _MomentumNorm
     if form is _NumericMomentumNorm and not differentiable():
         return _numeric_form(beta, v, gamma, g, weight, bias, eps)[0]
     result: Tensor = apply(form, beta, v, gamma, g, weight, bias, eps)
@@ -102,7 +102,7 @@ def _momentum_norm_gradients(
     return by_beta, by_v, torch.where(4 * gamma >= beta, exact, by_gamma), by_g, *affine
 
 
-def _numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
+def numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
     """Whether β and γ can be read as numbers, and γ is large enough to divide by."""
     return readable((beta, gamma), v, g) and number(gamma) > 1e-3 * abs(number(beta)) + 1e-6
 
