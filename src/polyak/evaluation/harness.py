@@ -96,7 +96,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             scores = self._score([window for _, window in batch])
-            for (number, _), (value, likeliest) in zip(batch, scores, strict=True):
+            for (number, _window), (value, likeliest) in zip(batch, scores, strict=True):
                 sums[number] += value
                 greedy[number] &= likeliest
         return list(zip(sums, greedy, strict=True))
@@ -144,13 +144,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         values, likeliest = self._log_probabilities(scored, wanted)
         return [
             (float(value.sum()), bool(best.all()))
-            for value, best in zip(values.split(sizes), likeliest.split(sizes), strict=True)
+            for value, best in zip(
+                torch.split(values, sizes), torch.split(likeliest, sizes), strict=True
+            )
         ]
 
     def _log_probabilities(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """log p of each target in float64, and whether it is the likeliest token."""
         values, best = [], []
-        for x, t in zip(features.split(1024), targets.split(1024), strict=True):
+        for x, t in zip(torch.split(features, 1024), torch.split(targets, 1024), strict=True):
             logits = self.model.head(x)[:, : self._tokenizer.vocab_size].double()
             values.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
             best.append(logits.argmax(1) == t)

@@ -7,6 +7,7 @@ generator: what a row draws does not depend on the rows beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -104,7 +105,7 @@ class Sampler:
         if self._seen is not None:
             logits = penalise(logits, self._seen, self.config.repetition_penalty)
         highest, chosen = logits.max(dim=-1)
-        if not bool(torch.isfinite(highest).all()):
+        if not all(map(math.isfinite, highest.tolist())):
             raise DivergedError("the model's logits are not finite; its weights are of no use")
         if self.config.temperature > 0:
             probabilities, ids = candidates(logits, self.config)

@@ -22,7 +22,7 @@ from polyak.nn.transformer import Embedding, Transformer
 from polyak.rules import Oracle, UpdateRule
 from polyak.rules._declarations import LayerNorm
 
-Start = Callable[[Tensor, Tensor], Tensor]
+Start = Callable[[Tensor, int], Tensor]
 
 
 class OneToken:
@@ -60,7 +60,7 @@ class OneToken:
             else:
                 start = _constant(stream.constant(example, config.num_heads))
             self._starts.append((stream.name, start))
-        self._norm = _ready_norm(model.norm)
+        self._norm = _ReadyNorm(model.norm)
         self._head = model.head.weight, model.head.bias
 
     @staticmethod
@@ -89,8 +89,7 @@ class OneToken:
 
     def logits(self, token: Tensor) -> Tensor:
         """Logits (1, V) after the token (1,), which is read and kept."""
-        ids, self._slot = token[None], 0
-        position = token.new_full((1, 1), self._position)
+        ids, self._slot, position = token[None], 0, self._position
         x = self._embedding(ids, position)
         state = self._state(**{name: start(ids, position) for name, start in self._starts})
         for step, oracle in self._layers:
@@ -99,7 +98,7 @@ class OneToken:
         return F.linear(self._norm(x)[0], *self._head)
 
     def _attention(self, module: Attention) -> Oracle:
-        norm, shape = _ready_norm(module.norm), (3, 1, module.num_heads, 1, -1)
+        norm, shape = _ReadyNorm(module.norm), (3, 1, module.num_heads, 1, -1)
         qkv, qkv_bias = module.qkv.weight, module.qkv.bias
         out, out_bias = module.out.weight, module.out.bias
         linear, attend = F.linear, F.scaled_dot_product_attention
@@ -117,7 +116,7 @@ class OneToken:
 
 
 def _mlp(module: MLP) -> Oracle:
-    norm, linear = _ready_norm(module.norm), F.linear
+    norm, linear = _ReadyNorm(module.norm), F.linear
     activation = getattr(module, "activation", F.gelu)
     up, up_bias = module.up.weight, module.up.bias
     down, down_bias = module.down.weight, module.down.bias
@@ -133,8 +132,9 @@ def _both(attention: Oracle, mlp: Oracle) -> Oracle:
 
 
 def _lookup(table: Embedding) -> Start:
+    assert table.positions is not None, "see OneToken.supports"
     tokens, positions = table.tokens.weight, table.positions.weight
-    return lambda ids, position: F.embedding(ids, tokens) + F.embedding(position, positions)
+    return lambda ids, position: F.embedding(ids, tokens) + positions.narrow(0, position, 1)
 
 
 def _constant(value: Tensor) -> Start:
@@ -149,18 +149,15 @@ def _ready(rule: UpdateRule) -> UpdateRule:
         ready.__dict__[name] = getattr(rule, name)
     for name in type(rule).norms:
         module = getattr(rule, name)
-        ready.__dict__[name] = _ready_norm(module) if type(module) is LayerNorm else module
+        ready.__dict__[name] = _ReadyNorm(module) if type(module) is LayerNorm else module
     return ready
-
-
-def _ready_norm(module: LayerNorm) -> Any:
-    return _ReadyNorm(module)
 
 
 class _ReadyNorm:
     """A LayerNorm's two methods without a module around them."""
 
-    def __init__(self, module: LayerNorm) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        assert isinstance(module, LayerNorm), "see OneToken.supports"
         self.weight, self.bias, self.eps = module.weight, module.bias, module.eps
         self.shape = module.weight.shape
         self._beta: Tensor | None = None

@@ -52,8 +52,8 @@ def axpy_through(scale: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: as `axpy`.
     """
-    if not differentiable():
-        return axpy(scale, v, x), v
+    if not differentiable() and not using_reference_forms():
+        return torch.addcmul(x, scale, v), v
     plain = plain_form_needed() or scale.numel() != 1 or v.shape != x.shape
     if plain or not readable((scale,), v, x):
         return axpy(scale, v, x), v
