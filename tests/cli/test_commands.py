@@ -66,3 +66,22 @@ def test_bench_times_models_every_kernel_and_the_loss(tmp_path: Path, capsys: St
         assert row["relative_peak"] == row["peak_bytes"] / plain["peak_bytes"]
     assert results["threads"] == 1
     assert "GPT2LMHeadModel" in names or "GPT2" not in capsys.readouterr().out
+
+
+def test_bench_times_generation_beside_gpt2(tmp_path: Path, capsys: Streams) -> None:
+    size = ["--num-layers", "1", "--num-heads", "2", "--d-model", "8", "--new-tokens", "5"]
+    same = ["bench", "--what", "generate", *size, "--rounds", "2", "--threads", "1"]
+    rules = ["--rules", "gradient_descent,triple_momentum"]
+    out = ["--context-length", "920", "--out", str(tmp_path)]
+    assert main([*same, *rules, *out]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["generate"]
+    assert [row["name"] for row in rows[:2]] == ["gradient_descent", "triple_momentum"]
+    assert rows[-1]["relative_speed"]["median"] == 1.0 or len(rows) == 2
+    for row in rows[:2]:
+        assert row["late_over_early"]["low"] > 0
+        assert row["tokens_per_second"]["median"] > 0
+    capsys.readouterr()
+    assert main([*same, *rules, "--context-length", "20"]) == 1
+    assert "context_length=20 does not hold a prompt of 16 and new_tokens=5" in (
+        capsys.readouterr().err
+    )

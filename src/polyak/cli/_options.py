@@ -82,4 +82,4 @@ def _one_line(box: str) -> str:
     words = re.sub(r"\s*(Argument helptext:|For full helptext|Got errors:).*$", "", words)
     words = re.sub(r"\s*Perhaps you meant:\s*(--\S+).*$", r"; did you mean \1?", words)
     titles = r"(Value error|Parsing error|Invalid choice|Unrecognized options(?!:))"
-    return re.sub(rf"^({titles}|Error parsing \w+Config:|\s)+", "", words)
+    return re.sub(rf"^({titles}|Error parsing \w+(?:Config|Options):|\s)+", "", words)

@@ -15,21 +15,25 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Time forward + backward of every rule's model, of every numerical kernel in its
 fast and its reference form, and of ways to compute the loss of a large
-vocabulary, interleaved, in float32. Let nothing else run meanwhile.
+vocabulary, interleaved, in float32; or generation of text. Let nothing else run
+meanwhile.
 
 examples:
   polyak bench
   polyak bench --what models --rules gradient_descent,triple_momentum --rounds 20
   polyak bench --what ops --out runs/bench
-  polyak bench --what loss --vocab-size 50304"""
+  polyak bench --what loss --vocab-size 50304
+  polyak bench --what generate --num-layers 4 --num-heads 4 --d-model 128 \\
+    --context-length 1024"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """What is timed, at which size and how often."""
 
-    what: Literal["all", "models", "ops", "loss"] = "all"
-    """Models, ops (numerical kernels), the loss from features to gradients, or all of them."""
+    what: Literal["all", "models", "ops", "loss", "generate"] = "all"
+    """Models, ops (numerical kernels), the loss from features to gradients, or all of these; or
+    generate: text, one row at a time."""
     rules: str | None = None
     """Rules separated by commas, the first is what others are relative to; default: all."""
     rounds: int = 7
@@ -46,6 +50,8 @@ class BenchConfig:
     """Sequences at once."""
     vocab_size: int = 256
     """Number of token ids."""
+    new_tokens: int = 256
+    """Tokens that generation makes."""
     threads: int | None = None
     """CPU threads; None: torch's own choice."""
     gpt2: bool = True
@@ -54,7 +60,7 @@ class BenchConfig:
     """Folder for results.json."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size"):
+        for name in ("rounds", "batch_size", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.threads is not None and self.threads < 1:
@@ -67,7 +73,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.files import make_folder, write_json
-    from polyak.study import bench, loss_bench
+    from polyak.study import bench, generate_bench, loss_bench
     from polyak.training.allocator import keep_freed_memory
     from polyak.training.runs import environment
 
@@ -87,8 +93,9 @@ def main(words: Sequence[str]) -> int:
     results: dict[str, Any] = {"kind": "bench", "load_before": bench.load(), **environment()}
     with bench.threads(config.threads) as count:
         results["threads"] = count
+        work = "forward + backward" if config.what != "generate" else "generation"
         console.print(
-            f"forward + backward, float32, {count} threads, {config.rounds} rounds, "
+            f"{work}, float32, {count} threads, {config.rounds} rounds, "
             f"{config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
             f"T={config.context_length}, batch {config.batch_size}, "
             f"vocabulary {config.vocab_size}; load {results['load_before']}"
@@ -108,6 +115,11 @@ def main(words: Sequence[str]) -> int:
                 tokens, config.vocab_size, config.d_model, config.rounds
             )
             console.print(_loss_table(results["loss"], tokens, config.vocab_size))
+        if config.what == "generate":
+            results["generate"] = generate_bench.generation(
+                shape, names, config.rounds, config.new_tokens, gpt2=config.gpt2
+            )
+            console.print(_generate_table(results["generate"], config.new_tokens))
     results["load_after"] = bench.load()
     if config.out is not None:
         write_json(make_folder(config.out) / "results.json", results)
@@ -163,6 +175,28 @@ def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) ->
             f"{row['relative_peak']:.2f}",
             f"{errors['loss']:.0e}",
             f"{max(errors['features'], errors['weight']):.0e}",
+        )
+    return table
+
+
+def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
+    table = _table("", "tokens/s", "speed", "low–high", "early ms", "late ms", "late/early")
+    last = rows[-1]["name"]
+    table.caption = (
+        f"greedy, one row, a short prompt and {new_tokens} new tokens; speed relative to "
+        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}; one token's time at positions "
+        "100 and 900"
+    )
+    for row in rows:
+        ratio, late = row["relative_speed"], row.get("late_over_early")
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']['median']:,.1f}",
+            f"{ratio['median']:.2f}",
+            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
+            f"{1e3 * row['seconds_early']['median']:.2f}" if late else "–",
+            f"{1e3 * row['seconds_late']['median']:.2f}" if late else "–",
+            f"{late['median']:.2f}" if late else "–",
         )
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ examples:
   polyak evaluate runs/compare --corpora stdlib,prose,~/texts
   polyak evaluate runs/mine --corpora wikitext-103,lambada,c4 --split validation
   polyak evaluate runs/first runs/second --stride 32 --tokens 200000
-  polyak evaluate runs/mine --per-position --attention-entropy --out runs/look"""
+  polyak evaluate runs/mine --per-position --attention-entropy --out runs/look
+  polyak evaluate runs/mine --tasks hellaswag,arc_easy --out runs/tasks"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +38,29 @@ class EvaluateOptions(EvaluateConfig):
     ] = ()
     """Finished runs, comparisons, or folders of runs; differences are from the first."""
 
+    tasks: str | None = None
+    """Downstream tasks of lm-evaluation-harness, separated by commas, instead of corpora."""
+    shots: int | None = None
+    """Examples before each question; None: 10 for hellaswag and 25 for arc_easy, as in the
+    papers, and each other task's own number."""
+    limit: int | None = None
+    """Only so many questions of each task."""
+    task_folder: Path | None = None
+    """Folder of task descriptions in the harness's YAML, beside its own."""
+    batch_size: int = 16
+    """Requests of a task at once; it does not change the scores."""
+
     def __post_init__(self) -> None:
         EvaluateConfig.__post_init__(self)
+        if self.tasks is not None and not all(name.strip() for name in self.tasks.split(",")):
+            raise ConfigError(f"tasks={self.tasks!r} must be names separated by commas")
+        for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        for name in ("shots", "limit", "task_folder"):
+            if self.tasks is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is about downstream tasks; name them with --tasks")
         if not self.runs:
             raise ConfigError("no run is named; write polyak evaluate RUN, a run's folder")
 
@@ -52,6 +75,24 @@ def main(words: Sequence[str]) -> int:
 
     console = Console(markup=False, highlight=False)
     command = shlex.join(["polyak", "evaluate", *words])
+    if config.tasks is not None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets
+        from polyak.study import downstream
+
+        results = downstream.downstream(
+            config.runs,
+            [name.strip() for name in config.tasks.split(",")],
+            out=config.out,
+            command=command,
+            shots=config.shots,
+            limit=config.limit,
+            folder=config.task_folder,
+            batch_size=config.batch_size,
+            device=config.device,
+        )
+        console.print(downstream.table(results), width=80)
+        console.print(f"Results: {config.out / 'results.json'}", soft_wrap=True)
+        return 0
     with Bar(console) as bar:
         results = evaluate(config.runs, config, command=command, progress=bar)
     console.print(tables(results), width=80)

@@ -72,6 +72,11 @@ class Tokenizer(abc.ABC):
     def byte_table(self) -> npt.NDArray[np.int64]:
         """Bytes of text that each id stands for, shape (vocab_size,); end-of-text is 0."""
 
+    @cached_property
+    @abc.abstractmethod
+    def byte_strings(self) -> list[bytes]:
+        """The bytes of text that each id stands for; end-of-text reads `<|endoftext|>`."""
+
     @abc.abstractmethod
     def hugging_face_json(self) -> str:
         """The `tokenizer.json` of the same tokenizer for Hugging Face `tokenizers`."""
@@ -131,6 +136,11 @@ class ByteTokenizer(Tokenizer):
     def byte_table(self) -> npt.NDArray[np.int64]:
         """See `Tokenizer.byte_table`."""
         return _byte_table([1] * 255)
+
+    @cached_property
+    def byte_strings(self) -> list[bytes]:
+        """See `Tokenizer.byte_strings`."""
+        return [*(bytes([byte]) for byte in range(255)), END_OF_TEXT.encode()]
 
     def hugging_face_json(self) -> str:
         """A byte-level BPE without merges."""
@@ -212,7 +222,7 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """See `Tokenizer.decode`; the end-of-text token reads `<|endoftext|>`."""
-        table = self._byte_strings
+        table = self.byte_strings
         checked = _checked(ids, self.vocab_size)
         ends = np.flatnonzero(checked == self.end_of_text)
         documents = np.split(checked, ends)
@@ -226,15 +236,17 @@ class BPETokenizer(Tokenizer):
         """See `Tokenizer.byte_table`."""
         return _byte_table([len(token) for token in self._tokens])  # one letter is one byte
 
+    @cached_property
+    def byte_strings(self) -> list[bytes]:
+        """See `Tokenizer.byte_strings`."""
+        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+        strings = [bytes(byte_of[letter] for letter in token) for token in self._tokens]
+        return [*strings, END_OF_TEXT.encode()]
+
     def hugging_face_json(self) -> str:
         """See `Tokenizer.hugging_face_json`."""
         vocabulary = {token: number for number, token in enumerate([*self._tokens, END_OF_TEXT])}
         return hugging_face_json(vocabulary, self._merges, split_words=True)
-
-    @cached_property
-    def _byte_strings(self) -> list[bytes]:
-        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-        return [bytes(byte_of[letter] for letter in token) for token in self._tokens]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -84,6 +84,11 @@ class KeyValueCache:
         self._seen = [min(seen, length) for seen in self._seen]
 
     @property
+    def slots(self) -> list[tuple[Tensor, Tensor]]:
+        """Each slot's keys and values (B, H_kv, length, D), filled up to `get_seq_length`."""
+        return list(self._slots)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory taken."""
         return sum(k.nbytes + v.nbytes for k, v in self._slots)

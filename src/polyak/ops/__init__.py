@@ -11,7 +11,7 @@ from polyak.ops.inverse_sqrt import inverse_sqrt_apply, inverse_sqrt_apply_flops
 from polyak.ops.linear_cross_entropy import linear_cross_entropy
 from polyak.ops.moments import ema, ema_square, rms_scale
 from polyak.ops.momentum import axpby, axpy, axpy_through, scaled_norm_add
-from polyak.ops.momentum_norm import momentum_norm
+from polyak.ops.momentum_norm import momentum_norm, numbers_serve
 from polyak.ops.newton_schulz import newton_schulz, newton_schulz_flops
 from polyak.ops.norms import layer_norm
 from polyak.ops.orthogonal import orthogonalize
@@ -66,6 +66,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_flops",
     "newton_schulz_reference",
+    "numbers_serve",
     "orthogonalize",
     "orthogonalize_reference",
     "reference_forms",

@@ -20,8 +20,26 @@ _DOT_RUN = 1 << 20
 
 
 def apply(function: Any, *inputs: Any) -> Any:
-    """`function.apply(*inputs)`: torch leaves it without types."""
+    """`function.apply(*inputs)`: torch leaves it without types.
+
+    Where nothing can be differentiated, its forward alone: `apply` itself costs more than a
+    kernel on one token. Functions without `setup_context` need a context and get one.
+    """
+    if not differentiable() and function.setup_context is not _NO_SETUP:
+        return function.forward(*inputs)
     return function.apply(*inputs)
+
+
+_NO_SETUP = torch.autograd.Function.setup_context
+
+
+def differentiable() -> bool:
+    """Whether anything computed here may be differentiated or transformed."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 # torch's own lazy form of torch.compiler.disable, which would import the compiler (a second or
@@ -172,13 +190,14 @@ def readable(scalars: Sequence[Tensor], *tensors: Tensor) -> bool:
     """Whether scalars can be read as numbers: plain CPU tensors of one type, no transform."""
     every = (*scalars, *tensors)
     dtype = every[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in every)
-        and all(t.device.type == "cpu" and t.dtype == dtype for t in every)
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not in_legacy_vmap(*every)
-    )
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for t in every:  # a loop: decoding comes here several times a layer for every token
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        if not t.is_cpu or t.dtype != dtype:
+            return False
+    return torch._C._functorch.peek_interpreter_stack() is None and not in_legacy_vmap(*every)
 
 
 def number(scalar: Tensor) -> float:

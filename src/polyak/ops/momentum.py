@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     apply,
+    differentiable,
     dot,
     in_legacy_vmap,
     number,
@@ -26,6 +27,7 @@ from polyak.ops.reference import (
     axpby_reference,
     axpy_reference,
     scaled_norm_add_reference,
+    using_reference_forms,
 )
 
 
@@ -34,6 +36,8 @@ def axpy(scale: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
     Shapes: scale (1,) or (), v and x (..., d).
     """
+    if not differentiable() and not using_reference_forms():
+        return torch.addcmul(x, scale, v)
     if plain_form_needed() or scale.numel() != 1 or v.shape != x.shape:
         return axpy_reference(scale, v, x)
     result: Tensor = apply(_Axpy, scale, v, x)
@@ -48,6 +52,8 @@ def axpy_through(scale: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: as `axpy`.
     """
+    if not differentiable() and not using_reference_forms():
+        return torch.addcmul(x, scale, v), v
     plain = plain_form_needed() or scale.numel() != 1 or v.shape != x.shape
     if plain or not readable((scale,), v, x):
         return axpy(scale, v, x), v

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyak.ops.autograd import (
     apply,
+    differentiable,
     dot,
     in_legacy_vmap,
     number,
@@ -43,7 +44,9 @@ def momentum_norm(
         return momentum_norm_reference(beta, v, gamma, g, weight, bias, eps)
     inputs = beta, v, gamma, g, weight, bias
     result: Tensor
-    if weight is not None and _numbers_serve(beta, v, gamma, g):
+    if weight is not None and numbers_serve(beta, v, gamma, g):
+        if not differentiable():
+            return _numeric_form(*inputs, eps)[0]
         result, _ = apply(_NumericMomentumNorm, *inputs, eps)
     else:
         result = apply(_MomentumNorm, *inputs, eps)
@@ -103,9 +106,25 @@ def _momentum_norm_gradients(
     return by_beta, by_v, torch.where(4 * gamma >= beta, exact, by_gamma), by_g, *affine
 
 
-def _numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
+def numbers_serve(beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> bool:
     """Whether β and γ can be read as numbers, and γ is large enough to divide by."""
     return readable((beta, gamma), v, g) and 8 * number(gamma) > abs(number(beta)) + 1e-5
+
+
+def _numeric_form(
+    beta: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LN(βv + γg) as LN of u = g + (β/γ)v with eps/γ²; u; each row's mean and 1/√(var + eps/γ²)."""
+    gain = number(gamma)
+    u = torch.add(g, v, alpha=number(beta) / gain)
+    y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
+    return y, u, mean, rstd
 
 
 class _NumericMomentumNorm(torch.autograd.Function):
@@ -128,9 +147,8 @@ class _NumericMomentumNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        gain, ctx.eps = number(gamma), eps
-        u = torch.add(g, v, alpha=number(beta) / gain)
-        y, mean, rstd = torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps / gain**2)
+        ctx.eps = eps
+        y, u, mean, rstd = _numeric_form(beta, v, gamma, g, weight, bias, eps)
         ctx.save_for_backward(beta, v, gamma, u, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, u

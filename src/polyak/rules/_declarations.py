@@ -53,7 +53,10 @@ class Scalar:
         object.__setattr__(self, "name", name)
 
     def __get__(self, rule: UpdateRule | None, owner: type | None = None) -> Any:
-        return self if rule is None else self.constrain(getattr(rule, f"{self.name}_raw"))
+        if rule is None:
+            return self
+        ready = rule.__dict__.get(self.name)  # see polyak.nn.one_token
+        return self.constrain(getattr(rule, f"{self.name}_raw")) if ready is None else ready
 
     def __set__(self, rule: UpdateRule, value: object) -> None:
         raise AttributeError(f"set {self.name}_raw, the raw parameter behind {self.name!r}")

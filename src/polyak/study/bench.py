@@ -69,7 +69,7 @@ def models(
     ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.context_length + 1))
     for name in names:
         steps[name] = _step(Transformer(shape.config(name)), ids)
-    if gpt2 and (other := _gpt2(shape)) is not None:
+    if gpt2 and (other := gpt2_model(shape)) is not None:
         steps[GPT2] = _step(other, ids)
     seconds = interleave(steps, rounds)
     tokens = shape.batch_size * shape.context_length
@@ -195,7 +195,8 @@ def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def _gpt2(shape: Shape) -> nn.Module | None:
+def gpt2_model(shape: Shape) -> nn.Module | None:
+    """transformers' GPT-2 of that shape, to train; None where transformers is not installed."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:

@@ -1,0 +1,112 @@
+"""Decoding one row by its short cut is the full forward, for every rule and option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from polyak import ModelConfig, Transformer, rules
+from polyak.evaluation.decoder import Decoder
+from polyak.nn.cache import KeyValueCache
+from polyak.nn.one_token import OneToken
+from polyak.rules import Stream, UpdateRule, state_norm, unit_interval
+
+Build = Callable[..., Transformer]
+
+
+def check(model: Transformer, atol: float = 1e-10) -> None:
+    ids = torch.randint(model.config.vocab_size, (1, model.config.context_length))
+    with torch.no_grad():
+        expected = model(ids)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        decoder = Decoder(model, [ids[0, :2].tolist()])
+        found = [decoder.logits()]
+        found += [decoder.logits(ids[:, place]) for place in range(2, ids.shape[1])]
+    assert decoder._one is not None
+    torch.testing.assert_close(torch.cat(found), expected[1:], atol=atol, rtol=atol)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    with torch.no_grad():  # the model itself was left as it was
+        assert torch.equal(model(ids)[0], expected)
+
+
+@pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+@pytest.mark.parametrize("rule", rules.names())
+def test_one_row_gets_the_logits_of_the_full_forward(
+    rule: str, splitting: str, tiny_model: Build
+) -> None:
+    check(tiny_model(rule, splitting=splitting))
+    check(tiny_model(rule, splitting=splitting, dtype=torch.float32), 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fields"),
+    [
+        ("triple_momentum", {"stream_start": "zeros"}),
+        ("triple_momentum", {"bias": True, "tie_embeddings": False}),
+        ("triple_momentum", {"rule_options": {"state_norm": "none"}}),
+        ("nesterov", {"rule_options": {"gamma": 1e-8}}),  # too small to divide by
+        ("gradient_descent", {"rule_options": {"update_norm": "layer"}}),
+        ("adamw", {"norm_eps": 0.1}),
+    ],
+)
+def test_options_hold(rule: str, fields: dict[str, Any], tiny_model: Build) -> None:
+    check(tiny_model(rule, **fields))
+
+
+class Twice(UpdateRule):
+    """Calls its oracle twice a step, so attention has two slots a layer."""
+
+    streams = (Stream("v", start="ones"),)
+    beta = unit_interval(0.3)
+    norm = state_norm()
+
+    def step(self, x: Any, state: Any, oracle: Any) -> Any:
+        ahead = x + oracle(x + self.beta * state.v)
+        v = self.norm(state.v + oracle(ahead))
+        return x + v, state.replace(v=v)
+
+
+class Below(Twice):
+    """Uses its base class's step."""
+
+    def step(self, x: Any, state: Any, oracle: Any) -> Any:
+        x, state = super().step(x, state, oracle)
+        return (1 - self.beta) * x, state
+
+
+@pytest.mark.parametrize("rule", [Twice, Below])
+def test_rules_of_a_users_own_hold(
+    rule: type[UpdateRule], registered: Any, tiny_model: Build
+) -> None:
+    check(tiny_model(registered("mine", rule)))
+
+
+def test_scalars_are_read_anew_by_every_generation(tiny_model: Build) -> None:
+    model = tiny_model("triple_momentum")
+    check(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    check(model)
+
+
+def test_what_it_does_not_know_it_does_not_take(tiny_model: Build) -> None:
+    model = tiny_model("gradient_descent")
+    assert OneToken.supports(model)
+    model.blocks[1].mlp = torch.nn.Identity()
+    assert not OneToken.supports(model)
+
+
+def test_it_begins_where_the_cache_ends() -> None:
+    model = Transformer(ModelConfig(context_length=6, num_layers=1)).eval()
+    ids = torch.randint(256, (1, 6))
+    cache = KeyValueCache(6)
+    with torch.no_grad():
+        model(ids[:, :5], cache=cache)
+        found = OneToken(model, cache).logits(ids[:, 5])
+        torch.testing.assert_close(found, model(ids)[:, -1], atol=1e-5, rtol=1e-4)
