@@ -25,6 +25,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"splitting": "lie_troter"}, "unknown splitting 'lie_troter'; did you mean 'lie_trotter'"),
     ({"activation": "gleu"}, "unknown activation 'gleu'; did you mean 'gelu'"),
     ({"bias": 1}, "bias=1 must be true or false"),
+    ({"qk_norm": "yes"}, "qk_norm='yes' must be true or false"),
+    ({"qkv_bias": 0}, "qkv_bias=0 must be true, false or none"),
+    ({"positions": "rotary"}, "unknown positions 'rotary'"),
+    ({"norm": "rmsnorm"}, "unknown norm 'rmsnorm'; did you mean 'rms'"),
+    ({"mlp": "swiglu"}, "unknown mlp 'swiglu'"),
+    ({"mlp_width": 0}, "mlp_width=0 must be a whole number of at least 1, or none"),
+    ({"num_kv_heads": 1.0}, "num_kv_heads=1.0 must be a whole number of at least 1, or none"),
+    (
+        {"num_heads": 6, "d_model": 12, "num_kv_heads": 4},
+        "num_kv_heads=4 does not divide num_heads=6; use one of 1, 2, 3, 6",
+    ),
+    ({"num_kv_heads": 8}, "num_kv_heads=8 does not divide num_heads=4; use one of 1, 2, 4"),
+    (
+        {"positions": "rope", "d_model": 12},
+        "d_model/num_heads = 3 is odd; use a d_model that is a multiple of 8",
+    ),
+    ({"positions": "rope", "rope_theta": 0}, "rope_theta=0 must be a number above 0"),
+    ({"rope_theta": "large"}, "rope_theta='large' must be a number above 0"),
+    ({"rope_theta": 5e5}, "rope_theta=500000.0 needs positions='rope'"),
     ({"causal": "yes"}, "causal='yes' must be true or false"),
     ({"norm_eps": -1e-5}, "norm_eps=-1e-05 must be a number from 0"),
     ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
@@ -117,6 +136,54 @@ def test_a_configuration_survives_json(
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.head_dim == head_dim
+
+
+def test_presets_are_the_backbones_they_are_named_for() -> None:
+    assert ModelConfig.preset("paper", num_layers=2) == ModelConfig(num_layers=2)
+    gpt2 = ModelConfig.preset("gpt2")
+    assert (gpt2.bias, gpt2.activation, gpt2.tie_embeddings) == (True, "gelu_tanh", True)
+    assert (gpt2.norm, gpt2.positions, gpt2.hidden_width) == ("layer", "learned", 4 * 128)
+    llama = ModelConfig.preset("llama")
+    assert (llama.bias, llama.activation, llama.tie_embeddings) == (False, "silu", False)
+    assert (llama.norm, llama.positions, llama.mlp) == ("rms", "rope", "gated")
+    assert (llama.num_kv_heads, llama.hidden_width) == (1, 344)  # 8·128/3 = 341.3
+    assert ModelConfig.preset("llama", norm="layer", num_kv_heads=None).kv_heads == 4
+    for heads, groups in ((1, 1), (2, 1), (3, 1), (6, 1), (7, 1), (8, 2), (12, 3), (32, 8)):
+        shaped = ModelConfig.preset("llama", num_heads=heads, d_model=2 * heads)
+        assert shaped.num_kv_heads == groups
+    with pytest.raises(UnknownNameError, match="unknown preset 'lama'; did you mean 'llama'"):
+        ModelConfig.preset("lama")
+    for config in (gpt2, llama):
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_gated_mlp_has_about_the_parameters_of_a_plain_one() -> None:
+    for d_model in (128, 384, 768, 1024):
+        gated = ModelConfig(d_model=d_model, mlp="gated").hidden_width
+        assert 3 * gated == pytest.approx(8 * d_model, rel=0.04)
+
+
+def test_a_configuration_written_before_the_options_were_there_is_the_papers() -> None:
+    old = {
+        "rule": "nesterov",
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_model": 16,
+        "vocab_size": 11,
+        "context_length": 7,
+        "splitting": "lie_trotter",
+        "stream_start": None,
+        "tie_embeddings": True,
+        "causal": True,
+        "norm_eps": 1e-5,
+        "bias": False,
+        "activation": "gelu",
+        "dropout": 0.0,
+        "rule_options": {},
+    }
+    shape = {name: old[name] for name in ("num_layers", "num_heads", "d_model", "vocab_size")}
+    wanted = ModelConfig.preset("paper", rule="nesterov", context_length=7, **shape)
+    assert ModelConfig.from_dict(old) == wanted
 
 
 def test_a_configuration_is_frozen_and_keyword_only() -> None:

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyak import ModelConfig, Transformer, ops, rules
 from polyak.errors import ConfigError, RuleError
+from polyak.nn.cache import KeyValueCache
 from polyak.nn.cost import cost
+from polyak.nn.presets import preset_fields
 from polyak.rules import Oracle, State, Stream, UpdateRule, unit_interval
 from polyak.rules._cost import count_elements, measure, step_cost
 
@@ -55,6 +57,11 @@ def variants(rule: str) -> list[dict[str, Any]]:
         {"causal": False},
         {"num_heads": 6},
         {"num_heads": 1},
+        preset_fields("gpt2", 3),
+        preset_fields("llama", 3),
+        {"num_kv_heads": 1, "qk_norm": True, "norm": "rms", "bias": True},
+        {"positions": "rope", "qk_norm": True, "bias": True, "qkv_bias": False},
+        {"mlp": "gated", "mlp_width": 10, "activation": "relu", "qkv_bias": True},
     ]
     found += [{"rule_options": {norm.option: "none"}} for norm in kind.norms.values()]
     found += [
@@ -153,7 +160,7 @@ def _group(name: str) -> str:
             return "streams"
         case ["head", _]:
             return "output"
-        case ["norm", _] | ["blocks", _, _, "norm", _]:
+        case ["norm", _] | ["blocks", _, _, "norm" | "q_norm" | "k_norm", _]:
             return "norms"
         case ["blocks", _, "rules", *_]:
             return "rule"
@@ -186,16 +193,32 @@ def test_state_bytes_are_those_carried_between_layers(
     assert 2 * half.state_bytes_per_token == cost(config).state_bytes_per_token
 
 
+@pytest.mark.parametrize("preset", ["paper", "gpt2", "llama"])
 @pytest.mark.parametrize("rule", ["gradient_descent", "muon", "soap"])
 def test_decoding_costs_what_the_last_token_of_a_prefix_costs(
-    rule: str, tiny_config: Config
+    rule: str, preset: str, tiny_config: Config
 ) -> None:
-    config = tiny_config(rule)
+    config = tiny_config(rule, **preset_fields(preset, 3))
     for position in (0, 3, 6):
         forward, _ = counted_flops(config, 1, position + 1)
         decoding = cost(config, position=position).decoding_flops_per_token
         assert (position + 1) * decoding == forward
     assert cost(config).decoding_flops_per_token == cost(config).forward_flops_per_token
+
+
+@pytest.mark.parametrize("preset", ["paper", "gpt2", "llama"])
+def test_decoding_costs_what_a_pass_with_a_cache_multiplies(
+    preset: str, tiny_config: Config
+) -> None:
+    config = tiny_config("triple_momentum", **preset_fields(preset, 3))
+    model, cache = meta_model(config), KeyValueCache(7)
+    ids = torch.zeros(1, 7, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        for position in range(7):
+            with FlopCounterMode(display=False) as counter:
+                model(ids[:, position : position + 1], cache=cache)
+            expected = cost(config, position=position).decoding_flops_per_token
+            assert counter.get_total_flops() == expected
 
 
 def test_a_model_that_sees_the_future_decodes_by_whole_passes(tiny_config: Config) -> None:
@@ -212,8 +235,9 @@ def test_what_a_rule_declares_is_what_is_measured(rule: str) -> None:
     settings = [{norm.option: v} for norm in kind.norms.values() for v in ("none", "layer")]
     for heads, bias in ((1, False), (4, True), (12, False)):
         for options in settings or [{}]:
-            declared = step_cost(kind, 24, heads, bias=bias, options=options)
-            assert declared == measure(kind, 24, heads, bias=bias, options=options)
+            for norm_kind in ("layer", "rms"):
+                given = {"bias": bias, "options": options, "norm_kind": norm_kind}
+                assert step_cost(kind, 24, heads, **given) == measure(kind, 24, heads, **given)
 
 
 def test_reading_a_cost_draws_no_random_numbers(tiny_config: Config, registered: Register) -> None:

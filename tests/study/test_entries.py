@@ -145,6 +145,33 @@ def test_the_widened_baseline_is_the_nearest_in_parameters(other: str) -> None:
     assert miss(wide.d_model) == miss(nearest)
 
 
+def test_a_widened_llama_keeps_what_rotary_positions_need() -> None:
+    baseline = parse_entry("gradient_descent[preset=llama,d_model=20]", BASE)
+    target = cost(parse_entry("triple_momentum[preset=llama,d_model=20]", BASE).model)
+    wide = widened(baseline, target.total_parameters).model
+    assert wide.d_model > 20
+    assert wide.d_model % 4 == 0
+    assert dataclasses.replace(wide, d_model=20) == baseline.model
+
+
+def test_a_preset_in_brackets_sets_its_fields_and_those_beside_it_win() -> None:
+    first, second, paper = parse_entries(
+        "adam[preset=llama],adam[norm=layer,preset=llama,num_heads=8],adam[preset=paper]",
+        dataclasses.replace(BASE, bias=True),
+    )
+    shape = {"num_layers": 2, "d_model": 16, "context_length": 8}
+    assert first.model == ModelConfig.preset("llama", rule="adam", num_heads=2, **shape)
+    assert first.name == "adam[preset=llama]"
+    wanted = ModelConfig.preset("llama", rule="adam", norm="layer", num_heads=8, **shape)
+    assert second.model == wanted
+    assert second.model.num_kv_heads == 2
+    assert paper.model == dataclasses.replace(BASE, rule="adam")
+    with pytest.raises(ConfigError, match="unknown preset 'lama'; did you mean 'llama'"):
+        parse_entry("adam[preset=lama]", BASE)
+    run = override(RunConfig(), ["model.preset=gpt2", "model.num_layers=3"])
+    assert run.model == ModelConfig.preset("gpt2", num_layers=3)
+
+
 def test_a_widened_entrys_name_says_so() -> None:
     target = cost(parse_entry("triple_momentum", BASE).model).total_parameters
     plain = widened(parse_entry("gradient_descent", BASE), target)

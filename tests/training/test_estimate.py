@@ -110,6 +110,17 @@ def test_estimated_peaks_are_those_measured(rule: str, shape: str) -> None:
     )
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+@pytest.mark.parametrize("rule", ["gradient_descent", "triple_momentum"])
+def test_estimated_peaks_of_other_backbones_are_those_measured(rule: str, preset: Any) -> None:
+    model = ModelConfig.preset(preset, rule=rule, num_heads=4, **SHAPES["activations"])
+    run = dataclasses.replace(config("activations"), model=model)
+    found = memory(run)
+    assert (found.forward_backward, found.update, found.validation) == pytest.approx(
+        measured(run), rel=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "training"),
     [

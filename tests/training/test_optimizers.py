@@ -36,6 +36,7 @@ SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32)]
         {"tie_embeddings": False},
         {"splitting": "simultaneous"},
         {"bias": True},
+        {"norm": "rms", "positions": "rope", "mlp": "gated", "num_kv_heads": 1, "qk_norm": True},
         {"frozen": True},
         {"stream_start": "zeros"},
         {"stream_start": "zeros", "tie_embeddings": False},
@@ -59,7 +60,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
     assert len(found) == len(set(found))
     assert set(found) == set(trainable)
     assert all(p.ndim == 2 for p in groups["matrices"])
-    assert len(groups["matrices"]) == 4 * SIZE["num_layers"]
+    matrices = 5 if fields.get("mlp") == "gated" else 4
+    assert len(groups["matrices"]) == matrices * SIZE["num_layers"]
     assert (not groups["scalars"]) == (
         bool(options) or not declared.present_scalars(declared.resolve({}))
     )

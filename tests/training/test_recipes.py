@@ -188,6 +188,21 @@ def test_another_rule_takes_its_own_options_only(write: Callable[..., str]) -> N
     assert kept.rule_options == {"mu": 0.4, "frozen": "mu"}
 
 
+def test_a_preset_wins_over_the_base_and_loses_against_what_stands_beside_it(
+    write: Callable[..., str],
+) -> None:
+    write('base = "quick"\n[model]\nnum_heads = 8\nnorm = "rms"\nbias = true\n', "base.toml")
+    llama = recipes.load(write('base = "base.toml"\n[model]\nqk_norm = true\npreset = "llama"\n'))
+    quick = recipes.load("quick").model
+    shape = {n: getattr(quick, n) for n in ("num_layers", "d_model", "vocab_size")}
+    length = {"context_length": quick.context_length}
+    wanted = ModelConfig.preset("llama", num_heads=8, qk_norm=True, **shape, **length)
+    assert llama.model == wanted
+    assert llama.model.num_kv_heads == 2
+    paper = recipes.load(write('base = "base.toml"\n[model]\npreset = "paper"\n')).model
+    assert (paper.norm, paper.bias, paper.num_heads) == ("layer", False, 8)
+
+
 # Mistakes
 
 HEAD = 'base = "quick"\n'
@@ -196,6 +211,7 @@ HEAD = 'base = "quick"\n'
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ('[model]\npreset = "lama"', "unknown model.preset 'lama'; did you mean 'llama'?"),
         ("[training]\nstep = 3", "unknown key 'training.step'; did you mean 'training.steps'?"),
         ("[training]\nmuonlr = 3", "did you mean 'training.muon_lr'?"),
         ("[training]\nd_model = 3", "did you mean 'model.d_model'?"),

@@ -141,7 +141,7 @@ def _inside_oracles(config: ModelConfig) -> int:
     if config.positions == "rope":
         inside += 3 * heads * head_dim  # four half products, two half sums
     if config.qk_norm:
-        inside += heads * norm_elements(config.norm, head_dim, config.bias)
+        inside += heads * norm_elements(config.norm, head_dim)
     return inside
 
 
@@ -171,7 +171,7 @@ def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
         "streams": tables * (config.vocab_size + positions) * d,
         "attention": layers * ((config.qkv_width + d) * d + qkv_bias * config.qkv_width + bias * d),
         "mlp": layers * ((up + 1) * d * width + bias * (up * width + d)),
-        "norms": ((2 * layers + 1) * d + config.qk_norm * 2 * layers * config.head_dim) * affine,
+        "norms": (2 * layers + 1) * d * affine + config.qk_norm * 2 * layers * config.head_dim,
         "rule": substeps * sum(parameter.numel() for parameter in rule.parameters()),
         "output": 0 if config.tie_embeddings else config.vocab_size * d,
     }

@@ -6,7 +6,11 @@ from polyak.nn.config import ModelConfig
 from polyak.rules._declarations import LayerNorm, RMSNorm, norm_of
 
 
-def norm(config: ModelConfig, width: int | None = None) -> LayerNorm | RMSNorm:
-    """A norm of the model's kind, eps and bias; its width is d unless given."""
-    width = config.d_model if width is None else width
-    return norm_of(config.norm, width, config.norm_eps, config.bias)
+def norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    """A norm of the model's width, kind, eps and bias."""
+    return norm_of(config.norm, config.d_model, config.norm_eps, config.bias)
+
+
+def head_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    """A norm of one head's queries or keys; a bias of keys would not change the softmax."""
+    return norm_of(config.norm, config.head_dim, config.norm_eps, bias=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polyak.nn.config import Activation, ModelConfig
 from polyak.nn.context import Context
-from polyak.nn.norms import norm
+from polyak.nn.norms import head_norm, norm
 from polyak.nn.rotary import rotary_table, rotate
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -42,8 +42,8 @@ class Attention(nn.Module):
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.norm = norm(config)
         self.qkv = nn.Linear(d, config.qkv_width, bias=bias)
-        self.q_norm = norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = norm(config, config.head_dim) if config.qk_norm else None
+        self.q_norm = head_norm(config) if config.qk_norm else None
+        self.k_norm = head_norm(config) if config.qk_norm else None
         self.out = nn.Linear(d, d, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:

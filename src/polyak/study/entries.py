@@ -94,19 +94,23 @@ def parse_entry(text: str, base: ModelConfig) -> Entry:
 def widened(baseline: Entry, target: int) -> Entry:
     """The baseline at the width whose parameter count is nearest to `target`.
 
-    Widths are multiples of the number of heads; depth and heads stay.
+    Widths are multiples of the number of heads, even ones with rotary positions; depth and heads
+    stay.
     """
     from polyak.nn.cost import cost
 
     heads = baseline.model.num_heads
+    step = 2 if baseline.model.positions == "rope" else 1
 
     def at(multiple: int) -> ModelConfig:
         return dataclasses.replace(baseline.model, d_model=multiple * heads)
 
     multiple = baseline.model.d_model // heads
-    while cost(at(multiple + 1)).total_parameters <= target:
-        multiple += 1
-    best = min((multiple, multiple + 1), key=lambda m: abs(cost(at(m)).total_parameters - target))
+    while cost(at(multiple + step)).total_parameters <= target:
+        multiple += step
+    best = min(
+        (multiple, multiple + step), key=lambda m: abs(cost(at(m)).total_parameters - target)
+    )
     model = at(best)
     return Entry(_label_with(baseline.name, f"d_model={model.d_model}"), model)
 

@@ -1,0 +1,276 @@
+"""Every rule on every backbone: what holds on the paper's holds on GPT-2's and Llama's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from torch.func import functional_call, jacfwd, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from polyak import ModelConfig, Transformer, ops, rules
+from polyak.nn.cache import KeyValueCache
+from polyak.nn.presets import preset_fields
+from polyak.nn.rotary import rotary_table, rotate
+
+# two key-value heads, so that a group is more than one head and less than all
+SHAPE = {"num_layers": 2, "num_heads": 4, "d_model": 16, "vocab_size": 11, "context_length": 7}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "gpt2": preset_fields("gpt2", 4),
+    "llama": {**preset_fields("llama", 4), "num_kv_heads": 2},
+}
+every_rule = pytest.mark.parametrize("rule", rules.names())
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+both_splittings = pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+Build = Callable[..., Transformer]
+
+
+def ids(batch: int, length: int) -> Tensor:
+    return torch.randint(11, (batch, length))
+
+
+@pytest.fixture
+def build(tiny_model: Build) -> Build:
+    """A small float64 model of a backbone, its weights far from their start."""
+
+    def make(rule: str, backbone: str, **fields: Any) -> Transformer:
+        return tiny_model(rule, **{**SHAPE, **BACKBONES[backbone], **fields})
+
+    return make
+
+
+def gradients(model: Transformer, input_ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = model(input_ids[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_rule
+@every_backbone
+@both_splittings
+@torch.no_grad()
+def test_the_past_is_all_that_counts_cached_or_not(
+    rule: str, backbone: str, splitting: str, build: Build
+) -> None:
+    model, input_ids = build(rule, backbone, splitting=splitting), ids(2, 7)
+    logits = model(input_ids)
+    changed = input_ids.clone()
+    changed[:, 4:] = (changed[:, 4:] + 1) % 11
+    difference = (model(changed) - logits).abs().amax(dim=(0, 2))
+    assert difference[:4].max() < 1e-12
+    assert difference[4] > 1e-6
+    for sizes in ([1] * 7, [3, 1, 3]):
+        cache = KeyValueCache(7)
+        found = torch.cat([model(piece, cache=cache) for piece in input_ids.split(sizes, 1)], 1)
+        assert (found - logits).abs().max() < 1e-10
+
+
+@every_rule
+@every_backbone
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_padding_does_not_change_real_positions(
+    rule: str, backbone: str, causal: bool, build: Build
+) -> None:
+    model, input_ids = build(rule, backbone, causal=causal), ids(3, 7)
+    alone = model(input_ids[:1, :4])
+    for place in (slice(0, 4), slice(3, 7)):
+        mask, padded = torch.zeros(3, 7, dtype=torch.long), input_ids.clone()
+        mask[0, place], padded[0, place] = 1, input_ids[0, :4]
+        mask[1] = 1  # and the third is nothing but padding
+        logits = model(padded, attention_mask=mask)
+        assert (logits[0, place] - alone[0]).abs().max() < 1e-10
+        assert (logits[1] - model(padded[1:2])[0]).abs().max() < 1e-10
+        assert logits.isfinite().all()
+
+
+@every_rule
+@every_backbone
+@torch.no_grad()
+def test_decoding_goes_on_past_left_padding(rule: str, backbone: str, build: Build) -> None:
+    model, input_ids = build(rule, backbone), ids(2, 7)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    alone = model(input_ids[:1, 3:])
+    cache, pieces = KeyValueCache(7), []
+    for start, end in ((0, 5), (5, 6), (6, 7)):
+        pieces.append(model(input_ids[:, start:end], attention_mask=mask[:, :end], cache=cache))
+    logits = torch.cat(pieces, 1)
+    assert (logits[0, 3:] - alone[0]).abs().max() < 1e-10
+    assert (logits[1] - model(input_ids[1:])[0]).abs().max() < 1e-10
+
+
+@every_rule
+@every_backbone
+@both_splittings
+def test_every_parameter_is_used_and_fast_ops_equal_reference_ops(
+    rule: str, backbone: str, splitting: str, build: Build
+) -> None:
+    model, input_ids = build(rule, backbone, splitting=splitting, qk_norm=True), ids(2, 7)
+    logits, fast = model(input_ids), gradients(model, input_ids)
+    with ops.reference_forms():
+        assert (model(input_ids) - logits).abs().max() < 1e-9
+        plain = gradients(model, input_ids)
+    for name, _ in model.named_parameters():
+        assert fast[name].abs().max() > 0, name
+        assert (fast[name] - plain[name]).abs().max() <= 1e-7 * plain[name].abs().max(), name
+
+
+@every_rule
+@every_backbone
+def test_a_saved_model_loads_exactly(
+    rule: str, backbone: str, build: Build, tmp_path: Path
+) -> None:
+    model, input_ids = build(rule, backbone).float(), ids(2, 7)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    again = Transformer(ModelConfig.from_dict(model.config.to_dict())).eval()
+    load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(again(input_ids), model(input_ids))
+
+
+@every_rule
+@every_backbone
+def test_logits_and_gradients_are_finite_at_depth_48(rule: str, backbone: str) -> None:
+    config = ModelConfig(rule=rule, **{**SHAPE, **BACKBONES[backbone], "num_layers": 48})
+    model, input_ids = Transformer(config), ids(2, 7)
+    assert model(input_ids).isfinite().all()
+    for name, gradient in gradients(model, input_ids).items():
+        assert gradient.isfinite().all(), name
+
+
+@every_rule
+@every_backbone
+@torch.no_grad()
+def test_half_precision_is_the_same_model_up_to_rounding(
+    rule: str, backbone: str, build: Build
+) -> None:
+    config = ModelConfig(rule=rule, **{**SHAPE, **BACKBONES[backbone]})
+    exact, input_ids = Transformer(config).eval(), ids(2, 7)
+    expected = exact(input_ids)
+    # Newton–Schulz lifts small singular values, and their rounding, up to 3.4⁵ times
+    bound = (1.5 if rule == "ortho" else 0.15) * expected.abs().max()
+    for dtype in (torch.bfloat16, torch.float16):
+        model = Transformer(config).eval()
+        model.load_state_dict(exact.state_dict())
+        found = model.to(dtype)(input_ids)
+        assert found.dtype == dtype
+        assert (found - expected).abs().max() < bound
+        cache = KeyValueCache(7)
+        pieces = [model(piece, cache=cache) for piece in input_ids.split([4, 1, 2], 1)]
+        assert (torch.cat(pieces, 1) - found).abs().max() < bound
+
+
+@every_rule
+@every_backbone
+def test_derivatives_of_a_block_are_right(rule: str, backbone: str, build: Build) -> None:
+    model = build(rule, backbone, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1)
+    block = model.blocks[0]
+    scalars = {n: p.detach() for n, p in block.named_parameters() if p.dim() < 2 and "_raw" in n}
+    x, state = model.start(ids(1, 3))
+    state = [stream.detach().clone() for stream in state]
+
+    def function(x: Tensor, scalar: Tensor) -> Tensor:
+        values = {name: value + scalar for name, value in scalars.items()}
+        y, _ = functional_call(block, values, (x, model.rule.State(*state)))
+        return y
+
+    inputs = (x.detach().requires_grad_(), torch.zeros((), dtype=x.dtype, requires_grad=True))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+        assert torch.autograd.gradgradcheck(
+            function, inputs, eps=1e-6, atol=1e-4, rtol=1e-3, fast_mode=True
+        )
+        reverse, forward = jacrev(function)(*inputs), jacfwd(function)(*inputs)
+    assert (reverse - forward).abs().max() <= 1e-9 * max(1.0, float(reverse.detach().abs().max()))
+
+
+@every_backbone
+def test_a_compiled_block_is_the_same_function(backbone: str, build: Build) -> None:
+    model = build("triple_momentum", backbone)
+    block, (x, state) = model.blocks[0], model.start(ids(2, 7))
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+
+    def run(call: Any) -> list[Tensor]:
+        y, after = call(x, state)
+        total = (y**3).sum() + (after.v**2).sum()
+        return [y.detach(), after.v.detach(), *torch.autograd.grad(total, list(block.parameters()))]
+
+    for eager, fast in zip(run(block), run(compiled), strict=True):
+        assert (eager - fast).abs().max() <= 1e-10 * max(1.0, float(eager.abs().max()))
+    torch.compiler.reset()
+
+
+# What the options mean
+
+
+@every_rule
+@torch.no_grad()
+def test_rotary_positions_are_relative(rule: str, build: Build) -> None:
+    model, input_ids = build(rule, "llama", context_length=64), ids(2, 7)
+    moved = model(input_ids, position_ids=torch.arange(7)[None] + 50)
+    assert (moved - model(input_ids)).abs().max() < 1e-9
+    stretched = model(input_ids, position_ids=2 * torch.arange(7)[None])
+    assert (stretched - model(input_ids)).abs().max() > 1e-3
+    assert not any("positions" in name for name, _ in model.named_parameters())
+
+
+def test_rotation_is_multiplication_by_complex_numbers() -> None:
+    x, positions = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.arange(3, 8)
+    turned = rotate(x, rotary_table(positions, 8, 100.0, x.dtype))
+    points = torch.complex(x[..., :4], x[..., 4:])
+    rates = 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    angles = positions[:, None, None] * rates
+    expected = points * torch.polar(torch.ones_like(angles), angles)
+    assert (turned - torch.cat((expected.real, expected.imag), -1)).abs().max() < 1e-12
+    cos, _ = rotary_table(torch.tensor([1001]), 8, 1e4, torch.bfloat16)
+    assert float(cos[0, 0, 0]) == pytest.approx(math.cos(1001), abs=1e-4)  # angles are not rounded
+
+
+@torch.no_grad()
+def test_grouped_queries_are_all_heads_with_shared_keys_and_values(build: Build) -> None:
+    grouped = build("adam", "llama")
+    every = build("adam", "llama", num_kv_heads=4)
+    state = grouped.state_dict()
+    for name, weight in list(state.items()):
+        if name.endswith("qkv.weight"):
+            q, k, v = weight.split((16, 8, 8))
+            k, v = (part.unflatten(0, (2, 4)).repeat_interleave(2, 0) for part in (k, v))
+            state[name] = torch.cat((q, k.flatten(0, 1), v.flatten(0, 1)))
+    every.load_state_dict(state)
+    input_ids = ids(2, 7)
+    assert (every(input_ids) - grouped(input_ids)).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_normed_queries_and_keys_ignore_their_scale(build: Build) -> None:
+    for fields, differs in (({"qk_norm": True, "norm_eps": 0.0}, False), ({}, True)):
+        model, input_ids = build("gradient_descent", "llama", **fields), ids(2, 7)
+        before = model(input_ids)
+        model.blocks[0].attention.qkv.weight[:24] *= 3  # queries and keys
+        assert ((model(input_ids) - before).abs().max() > 1e-6) == differs
+
+
+def test_the_rules_norms_follow_the_models(build: Build) -> None:
+    for backbone, kind in (("gpt2", "LayerNorm"), ("llama", "RMSNorm")):
+        for rule in ("triple_momentum", "adam"):
+            model = build(rule, backbone, qk_norm=True)
+            found = [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")]
+            assert found == [kind] * (2 * (2 + 2 + 2) + 1)
+
+
+@torch.no_grad()
+def test_a_gated_mlp_is_its_equation(build: Build) -> None:
+    model = build("gradient_descent", "llama", mlp_width=10)
+    mlp, x = model.blocks[0].mlp, torch.randn(2, 3, 16, dtype=torch.float64)
+    u = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mlp.norm.weight
+    gate, up = u @ mlp.gate.weight.T, u @ mlp.up.weight.T
+    expected = (gate * torch.sigmoid(gate) * up) @ mlp.down.weight.T
+    assert (mlp(x) - expected).abs().max() < 1e-12
