@@ -126,7 +126,7 @@ REFUSED: list[tuple[Read, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("read", "config", "message"), REFUSED, ids=lambda v: str(v)[-30:])
+@pytest.mark.parametrize(("read", "config", "message"), REFUSED, ids=[r[2] for r in REFUSED])
 def test_a_model_that_is_not_ours_is_refused(
     read: Read, config: dict[str, Any], message: str
 ) -> None:
