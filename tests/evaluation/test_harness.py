@@ -183,7 +183,8 @@ def test_the_command_shows_scores_and_says_what_was_cut(
     found = polyak(*words, "--out", tmp_path / "out", cwd=tmp_path, cache=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "tiny_choose, 0-shot, 6 questions" in found.stdout
-    assert found.stdout.count(" ± ") == 4  # two runs, two metrics
+    assert found.stdout.count(" ± 0.") == 4  # two runs, two metrics
+    assert "fatal" not in found.stderr
     assert "Careful: only the first 6 questions of each task" in found.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["kind"], results["status"]) == ("downstream", "complete")

@@ -52,8 +52,13 @@ class Tasks:
             raise DataError(f"task folder {folder} does not exist")
         self.names, self.shots, self.limit = list(names), shots, limit
         self.version = version("lm_eval")
-        self._manager = TaskManager(include_path=None if folder is None else str(folder))
-        known = list(self._manager.all_tasks)
+        known: list[str] = []
+        if folder is not None:  # its own thousands are read only where one of them is named
+            self._manager = TaskManager(include_path=str(folder), include_defaults=False)
+            known = list(self._manager.all_tasks)
+        if not set(names) <= set(known):
+            self._manager = TaskManager(include_path=None if folder is None else str(folder))
+            known = list(self._manager.all_tasks)
         for name in names:
             if name not in known:
                 where = "" if folder is None else f" and in {folder}"
@@ -70,10 +75,12 @@ class Tasks:
         Raises:
             DataError: the harness cannot run a task.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
 
         from polyak.evaluation.harness import HarnessModel
 
+        # it asks git, which complains outside of a repository
+        evaluator.get_git_commit_hash = lambda: None
         rows = []
         for name in self.names:
             model = HarnessModel(subject.model, subject.tokenizer, batch_size)  # type: ignore[arg-type]
@@ -81,7 +88,7 @@ class Tasks:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    found = simple_evaluate(
+                    found = evaluator.simple_evaluate(
                         model=model,
                         tasks=[name],
                         num_fewshot=shots,
