@@ -114,7 +114,7 @@ def test_gauss_newton_products_are_those_of_the_dense_matrix(
         assert abs(pair.value - float(value)) <= 1e-8 * float(values[-1])
 
 
-@pytest.mark.parametrize("rule", ["gradient_descent", "nesterov", "adamw", "soap"])
+@pytest.mark.parametrize("rule", ["gradient_descent", "nesterov", "adamw"])
 def test_a_groups_hessian_is_the_block_of_the_whole(
     rule: str, small_model: Build, tokens: Tensor
 ) -> None:
