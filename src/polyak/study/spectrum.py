@@ -28,9 +28,9 @@ from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.files import locked, make_folder, write_atomic, write_json
+from polyak.study.measured import about, kept
 from polyak.study.pages import check_out
 from polyak.study.results import commit, now
-from polyak.study.sharpness import _about, _kept
 from polyak.training.runs import environment as this_environment
 from polyak.training.runs import peak_memory_bytes
 
@@ -74,7 +74,7 @@ def spectra(
     results = _begin(subjects, sets, config, command)
     make_folder(config.out)
     with locked(config.out, "polyak spectrum"):
-        results["runs"] = _kept(config.out, results)
+        results["runs"] = kept(config.out, results)
         for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
             run = results["runs"][index]
 
@@ -131,7 +131,7 @@ def _begin(
         "settings": {**settings, "parts": list(config.chosen), "quantiles": list(config.wanted)},
         "baseline": subjects[0].name,
         "entries": [{"name": subject.name} for subject in subjects],
-        "runs": [_about(s, t) for s, t in zip(subjects, sets, strict=True)],
+        "runs": [about(s, t) for s, t in zip(subjects, sets, strict=True)],
     }
 
 
