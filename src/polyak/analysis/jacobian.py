@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from polyak.analysis import quantiles
+from polyak.analysis import estimates, quantiles
 from polyak.analysis.chain import Chain
+from polyak.analysis.estimates import Estimate, persistence
 from polyak.analysis.intervals import student
 from polyak.analysis.inverse import Inverse
 from polyak.analysis.lanczos import Ends, extremes
@@ -46,6 +47,10 @@ __all__ = [
 
 PUBLISHED = (74, 11)
 """The release sketches with 74 random vectors and takes the 11th largest for σ_min."""
+SINGULAR = {torch.float64: 1e-14, torch.float32: 1e-6}
+"""A σ_min below this part of a random direction's gain cannot be told from 0."""
+TELLING = 1e-10
+"""A bound this far below a random direction's gain needs no improving."""
 CONFIRMED = 1e-6
 """How closely a product must confirm a σ_min found by solves, relative."""
 
@@ -77,18 +82,6 @@ class Options:
         for name, least in (("max_products", 10), ("probes", 1), ("steps", 4), ("norm_probes", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number with what is known of its error."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    residual: float | None = None
-    """Relative: how far the singular vectors miss their equations."""
-    kind: Literal["value", "lower bound", "upper bound", "interval"] = "value"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +132,16 @@ def spectrum(map_: Map, options: Options | None = None) -> Spectrum:
         if dense:
             values = torch.linalg.svdvals(whole.dense()).double()
             inner = values if same else torch.linalg.svdvals(restricted.dense()).double()
-            top, inner_top = _exact(values[0]), _exact(inner[0])
-            bottom = _smallest(inner)
-            frobenius = _exact(values.norm())
+            top, inner_top = estimates.exact(values[0]), estimates.exact(inner[0])
+            bottom = estimates.smallest(inner)
+            frobenius = estimates.exact(values.norm())
             found = quantiles.exact(inner.cpu().numpy(), options.quantiles)
         else:
             top = _largest(whole, options)
             inner_top = top if same else _largest(restricted, options)
             frobenius = _frobenius(whole, options, generator)
-            inverse, scale = _inverse(restricted)
-            bottom = _bottom(restricted, inverse, scale, options)
+            inverse, scale, bound = _inverse(restricted)
+            bottom = _bottom(restricted, inverse, scale, bound, options)
             sound = bottom.kind == "value"
             found = _quantiles(
                 restricted,
@@ -171,26 +164,14 @@ def spectrum(map_: Map, options: Options | None = None) -> Spectrum:
         sigma_max=top,
         sigma_min=bottom,
         restricted_max=inner_top,
-        kappa=_ratio(inner_top, bottom),
+        kappa=estimates.ratio(inner_top, bottom),
         frobenius=frobenius,
-        stable_rank=_stable_rank(frobenius, top),
+        stable_rank=estimates.stable_rank(frobenius, top),
         quantiles=tuple(found),
         published=tuple(published),
-        log_sigma_min=_log(bottom),
+        log_sigma_min=estimates.log(bottom),
         seconds=time.perf_counter() - began,
     )
-
-
-def persistence(logs: Sequence[Estimate]) -> Estimate:
-    """Σ_l log σ_min over blocks, from `log_sigma_min` of each; a bound where one is a bound."""
-    values = [log.value for log in logs]
-    if any(value is None for value in values):
-        return Estimate(value=None, kind="upper bound")
-    total = math.fsum(value for value in values if value is not None)
-    if any(log.kind != "value" for log in logs):
-        return Estimate(value=total, high=total, kind="upper bound")
-    low, high = (math.fsum(_known(getattr(log, end)) for log in logs) for end in ("low", "high"))
-    return Estimate(value=total, low=low, high=high)
 
 
 def published_statistic(linear: Linear, generator: torch.Generator) -> float:
@@ -208,14 +189,28 @@ def published_statistic(linear: Linear, generator: torch.Generator) -> float:
     return float(values[min(place, count) - 1])
 
 
-def _inverse(linear: Linear) -> tuple[Inverse | None, float]:
-    """The inverse of G and the scale of what it returns; None where there is none."""
+def _inverse(linear: Linear) -> tuple[Inverse | None, float, float]:
+    """The inverse of G, the scale of what it returns, and a gain that bounds σ_min.
+
+    None where there is no inverse, or σ_min is below what the arithmetic can tell from 0.
+    """
     if not isinstance(linear, Chain) or not Inverse.possible(linear):
-        return None, 1.0
+        return None, 1.0, math.inf
     inverse = Inverse(linear)
-    probe = linear.random(linear.side, 1, torch.Generator().manual_seed(0))
+    probe = _probe(linear)
+    # half of G⁻¹ overflows later than all of it, and leads to the smallest direction as well
+    half = inverse.core.solve if linear.tall else inverse.core.solve_transposed
+    gains = []
+    for image in (inverse(probe), half(probe)):
+        size = float(image.abs().max())
+        if math.isfinite(size) and size > 0:
+            gains.append(linear.gain(image / size))
     scale = float(inverse(probe).abs().max())
-    return (inverse, scale) if math.isfinite(scale) and scale > 0 else (None, 1.0)
+    bound = min(gains, default=math.inf)
+    floor = SINGULAR[linear.like.dtype] * linear.gain(probe)
+    if not math.isfinite(scale) or scale <= 0 or scale**-0.5 < floor:
+        return None, 1.0, bound
+    return inverse, scale, bound
 
 
 def _ends(
@@ -238,17 +233,19 @@ def _largest(linear: Linear, options: Options) -> Estimate:
     """σ_max from the largest eigenvalue of G."""
     pair = _ends(linear, linear.gram, options).top[0]
     square = max(pair.value, 0.0)
-    value, residual = math.sqrt(square), _relative(pair.residual, square)
+    value, residual = math.sqrt(square), estimates.relative(pair.residual, square)
     if not pair.converged:
         return Estimate(value=value, low=value, residual=residual, kind="lower bound")
     low, high = (math.sqrt(max(square + s * pair.residual, 0.0)) for s in (-1, 1))
     return Estimate(value=value, low=low, high=high, residual=residual)
 
 
-def _bottom(linear: Linear, inverse: Inverse | None, scale: float, options: Options) -> Estimate:
+def _bottom(
+    linear: Linear, inverse: Inverse | None, scale: float, bound: float, options: Options
+) -> Estimate:
     """σ_min by Lanczos on G⁻¹, confirmed by a product with J itself."""
     if inverse is None:
-        return _bound(linear, math.inf, None, options)
+        return _bound(linear, bound, None, options)
     # G⁻¹/scale: where J is all but singular, squares of G⁻¹ alone would overflow
     ends = _ends(linear, lambda u: inverse(u) / scale, options)
     pair = ends.top[0]
@@ -258,7 +255,7 @@ def _bottom(linear: Linear, inverse: Inverse | None, scale: float, options: Opti
         return _bound(linear, direct, None, options)
     value = (pair.value * scale) ** -0.5
     off = abs(value / direct - 1)
-    residual = max(_relative(pair.residual, pair.value), off)
+    residual = max(estimates.relative(pair.residual, pair.value), off)
     if not pair.converged or not off <= max(CONFIRMED, options.tolerance):
         return _bound(linear, direct, residual, options)
     return Estimate(
@@ -267,12 +264,17 @@ def _bottom(linear: Linear, inverse: Inverse | None, scale: float, options: Opti
 
 
 def _bound(linear: Linear, direct: float, residual: float | None, options: Options) -> Estimate:
-    """The smaller of a gain that was found and the least Rayleigh quotient of Lanczos on G."""
-    ends = _ends(linear, linear.gram, options, bottom=True)
-    vector = ends.vectors[-1].to(linear.like).reshape(linear.tokens, linear.side, 1)
-    found = [gain for gain in (direct, linear.gain(vector)) if math.isfinite(gain)]
-    value = min(found)
-    return Estimate(value=value, high=value, residual=residual, kind="upper bound")
+    """A gain that was found; if it says little, the least that Lanczos on G finds."""
+    if not direct < TELLING * linear.gain(_probe(linear)):
+        ends = _ends(linear, linear.gram, options, bottom=True)
+        vector = ends.vectors[-1].to(linear.like).reshape(linear.tokens, linear.side, 1)
+        found = linear.gain(vector)
+        direct = min(direct, found) if math.isfinite(direct) else found
+    return Estimate(value=direct, high=direct, residual=residual, kind="upper bound")
+
+
+def _probe(linear: Linear) -> Tensor:
+    return linear.random(linear.side, 1, torch.Generator().manual_seed(0))
 
 
 def _frobenius(linear: Linear, options: Options, generator: torch.Generator) -> Estimate:
@@ -298,59 +300,3 @@ def _quantiles(
         steps=options.steps,
         seed=options.seed,
     )
-
-
-def _exact(value: Tensor) -> Estimate:
-    number = float(value)
-    return Estimate(value=number, low=number, high=number, residual=0.0)
-
-
-def _smallest(values: Tensor) -> Estimate:
-    """σ_min of a dense decomposition: below the rounding of σ_max it is a bound."""
-    rounding = float(values[0]) * len(values) * torch.finfo(torch.float64).eps
-    if float(values[-1]) > rounding:
-        return _exact(values[-1])
-    return Estimate(value=rounding, high=rounding, kind="upper bound")
-
-
-def _relative(residual: float, value: float) -> float:
-    return residual / value if value > 0 else 0.0
-
-
-def _known(value: float | None) -> float:
-    assert value is not None, "a value has an interval"
-    return value
-
-
-def _ratio(top: Estimate, bottom: Estimate) -> Estimate:
-    """κ = σ_max/σ_min; from below where one of them is a bound."""
-    if not top.value or not bottom.value:
-        return Estimate(value=None, kind="lower bound")
-    value = top.value / bottom.value
-    if top.kind != "value" or bottom.kind != "value":
-        return Estimate(value=value, low=value, kind="lower bound")
-    low = _known(top.low) / _known(bottom.high)
-    high = _known(top.high) / _known(bottom.low)
-    return Estimate(value=value, low=low, high=high)
-
-
-def _stable_rank(frobenius: Estimate, top: Estimate) -> Estimate:
-    """‖J‖_F²/σ_max²; from above where σ_max is a bound from below."""
-    if not top.value or not frobenius.value:
-        return Estimate(value=None, kind="upper bound")
-    value = (frobenius.value / top.value) ** 2
-    high = (_known(frobenius.high) / top.value) ** 2
-    if top.kind != "value":
-        return Estimate(value=value, high=high, kind="upper bound")
-    low = (_known(frobenius.low) / _known(top.high)) ** 2
-    return Estimate(value=value, low=low, high=high, kind=frobenius.kind)
-
-
-def _log(bottom: Estimate) -> Estimate:
-    if not bottom.value:
-        return Estimate(value=None, kind="upper bound")
-    value = math.log(bottom.value)
-    if bottom.kind != "value":
-        return Estimate(value=value, high=value, kind="upper bound")
-    low, high = math.log(_known(bottom.low)), math.log(_known(bottom.high))
-    return Estimate(value=value, low=low, high=high)

@@ -65,7 +65,7 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
     for part, title in TITLES.items():
         table = house_table(
             f"{title}; ≤ and ≥ are bounds",
-            *("", "block", "σ max", "σ min", "κ", "stable", "‖J‖_F", "zeros", "11th/74"),
+            *("", "block", "σ max", "σ min", "κ", "stable", "zeros", "11th/74"),
         )
         for run in results["runs"]:
             for sequence, block, own, found in spectra_of(run):
@@ -77,7 +77,6 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
                         estimate(found["sigma_min"]),
                         estimate(found["kappa"]),
                         estimate(found["stable_rank"]),
-                        estimate(found["frobenius"]),
                         zeros(found),
                         number(published(found)),
                     )
