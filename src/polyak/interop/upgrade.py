@@ -28,8 +28,8 @@ from torch import Tensor
 
 from polyak import rules
 from polyak.errors import ConfigError, RuleError
-from polyak.nn.rule_text import RuleText
 from polyak.nn.config import ModelConfig
+from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
 
@@ -59,7 +59,10 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
     Raises:
         ConfigError: the model is not gradient descent's, or the brackets change its architecture.
     """
-    if config.rule != "gradient_descent" or config.rule_options.get("update_norm", "none") != "none":
+    if (
+        config.rule != "gradient_descent"
+        or config.rule_options.get("update_norm", "none") != "none"
+    ):
         raise ConfigError(
             f"only models of rule gradient_descent can be upgraded; this one is {config.rule} with "
             f"options {config.rule_options}"
