@@ -1,8 +1,8 @@
 r"""From gradient descent to another rule, so that training can go on with momentum.
 
 A rule that declares where it is gradient descent (`UpdateRule.descent`) starts exactly there: for
-triple_momentum v ← βv + γO(x + μv); x ← x + νv without LN_v, β = μ = 0 and γ = ν = 1 is x ← x + O(x)
-whatever v is, to the last bit. The coefficients are unconstrained, so β and μ have slope 1 at 0:
+triple_momentum, v ← βv + γO(x + μv); x ← x + νv, without LN_v and with β = μ = 0, γ = ν = 1 it is
+x ← x + O(x) whatever v is, to the last bit. The coefficients are unconstrained, so β and μ have slope 1 at 0:
 ∂L/∂β = ⟨∂L/∂v′, v⟩, which is not zero wherever a velocity has come in.
 
 Everything else is an approximation. With LN_v or LN_u the update of a token has a fixed length,
@@ -83,11 +83,12 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
             if name not in options and reachable is not None:
                 options[name] = value
     start = wanted.fields.get("stream_start", "none")
+    zeros: Any = None if start.lower() in ("none", "null") else start
     made = dataclasses.replace(
         config,
         rule=wanted.rule,
         rule_options=options,
-        stream_start=None if start.lower() in ("none", "null") else start,
+        stream_start=zeros,
     )
     resolved = rule.resolve(options)
     exact = rule.descent is not None and all(
@@ -159,7 +160,7 @@ Step = Callable[[], tuple[Tensor, Any]]
 
 @contextmanager
 def _seeing(block: Any, see: Callable[[UpdateRule, Step, Tensor], None]) -> Iterator[None]:
-    """Call `see(rule, step, x)` before every step of a block; `step()` takes it as often as asked."""
+    """Call `see(rule, step, x)` before each step of a block; `step()` takes it, as often as asked."""
     own = list(block.rules.values())
     for rule in own:
 

@@ -108,7 +108,7 @@ def loss_of(model: Transformer, ids: Tensor) -> float:
     total = sum(
         float(F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).double())
         * rows[:, 1:].numel()
-        for rows in ids.split(ROWS)
+        for rows in torch.split(ids, ROWS)
     )
     return total / ids[:, 1:].numel()
 
