@@ -195,7 +195,8 @@ def test_a_malicious_file_is_refused_and_never_run(way: str, tmp_path: Path) -> 
     assert found.returncode == 1
     assert len(found.stderr.splitlines()) == 1
     assert "holds more than weights" in found.stderr
-    assert "mkdir" in found.stderr
+    if way != "pickle":  # there torch stops even before the name
+        assert "mkdir" in found.stderr
     assert not mark.exists()
     assert not (tmp_path / "run").exists()
     # the file does bite where it is trusted: the test can fail

@@ -1,9 +1,9 @@
 """GPT-2 and Llama-family models in Hugging Face's format: a folder, or a name on the hub.
 
-    config.json
-    model.safetensors, or its shards with model.safetensors.index.json
-    pytorch_model.bin (and its shards), read without running code; safetensors win
-    tokenizer.json, or vocab.json and merges.txt
+config.json
+model.safetensors, or its shards with model.safetensors.index.json
+pytorch_model.bin (and its shards), read without running code; safetensors win
+tokenizer.json, or vocab.json and merges.txt
 """
 
 from __future__ import annotations
@@ -75,14 +75,26 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     Raises:
         RunError: there are none, a shard is missing, or a file is damaged.
     """
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / single).is_file():
-            return _file(folder / single)
-        if (folder / index).is_file():
-            return _shards(folder, folder / index)
+    file = _first(folder)
+    return _shards(folder, file) if file.suffix == ".json" else _file(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_state` reads, for the record."""
+    file = _first(folder)
+    if file.suffix != ".json":
+        return [file]
+    return [
+        file,
+        *(folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))),
+    ]
+
+
+def _first(folder: Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
     raise RunError(
         f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no shards"
     )

@@ -19,8 +19,8 @@ from torch import Tensor
 from polyak.errors import RunError
 from polyak.files import write_atomic
 from polyak.interop.detect import detect
-from polyak.interop.safe_pickle import load_pickle
 from polyak.interop.release import load_state_dict, to_state_dict
+from polyak.interop.safe_pickle import load_pickle
 from polyak.nn.config import ModelConfig
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer

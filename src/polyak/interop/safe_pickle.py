@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,17 @@ def load_pickle(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         text = " ".join(str(error).split())
         if "Unsupported" in text or "GLOBAL" in text:
-            named = text.partition("GLOBAL ")[2].split(" ")[0] or "something"
             raise RunError(
-                f"{file} holds more than weights ({named}): loading it would run code, so it is "
+                f"{file} holds more than weights{_named(text)}: loading it would run code, so it is "
                 "refused; save its state dict alone"
             ) from error
         raise RunError(f"{file} is not a file of torch.save") from error
     except Exception as error:  # a damaged archive raises nearly anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise RunError(f"{file} is damaged, or not a file of torch.save: {reason}") from error
+
+
+def _named(message: str) -> str:
+    """What a refused pickle asks for, where torch's message tells."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f" ({found[1]})" if found else ""
