@@ -61,6 +61,7 @@ def theirs(kind: str, **fields: Any) -> Any:
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder, **options)
     BPETokenizer.train(["some text to train on " * 9], 257).save(folder)
     (folder / "polyak_tokenizer.json").unlink()

@@ -31,8 +31,8 @@ def load_pickle(file: Path) -> Any:
         text = " ".join(str(error).split())
         if "Unsupported" in text or "GLOBAL" in text:
             raise RunError(
-                f"{file} holds more than weights{_named(text)}: loading it would run code, so it is "
-                "refused; save its state dict alone"
+                f"{file} holds more than weights{_named(text)}: loading it would run code, so it "
+                "is refused; save its state dict alone"
             ) from error
         raise RunError(f"{file} is not a file of torch.save") from error
     except Exception as error:  # a damaged archive raises nearly anything
