@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,69 @@ def test_a_scalar_can_be_frozen_and_started_elsewhere(
         assert len(per_substep) == substeps
         for depths in per_substep.values():
             assert depths == pytest.approx([0.25] * 2, abs=1e-6)
+
+
+@every_rule
+@both_splittings
+def test_unconstrained_coefficients_are_the_raw_values_and_the_same_function(
+    rule: str, splitting: str, tiny_model: Build
+) -> None:
+    kind, input_ids = rules.get(rule), ids(2, 7)
+    model = tiny_model(rule, splitting=splitting)
+    if not kind.present_scalars(kind.resolve({})):
+        return
+    free = tiny_model(rule, splitting=splitting, rule_options={"coefficients": "unconstrained"})
+    with torch.no_grad():
+        free.load_state_dict(model.state_dict())
+        for ours, theirs in zip(free.blocks, model.blocks, strict=True):
+            for substep, constrained in zip(
+                ours.rules.values(), theirs.rules.values(), strict=True
+            ):
+                for name in kind.present_scalars(constrained.options):
+                    getattr(substep, f"{name}_raw").copy_(getattr(constrained, name))
+    again = ModelConfig.from_dict(json.loads(json.dumps(free.config.to_dict())))
+    assert again == free.config
+    assert (free(input_ids) - model(input_ids)).abs().max() < 1e-12
+    fast = gradients(free, input_ids)
+    with ops.reference_forms():
+        plain = gradients(free, input_ids)
+    for name, gradient in fast.items():
+        assert gradient.abs().max() > 0
+        assert (gradient - plain[name]).abs().max() <= 1e-7 * plain[name].abs().max(), name
+
+
+@pytest.mark.parametrize("rule", [name for name in rules.names() if rules.get(name).descent])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_a_rule_descends_its_step_is_gradient_descent_bit_for_bit(
+    rule: str, dtype: torch.dtype
+) -> None:
+    kind = rules.get(rule)
+    options = {**(kind.descent or {}), "coefficients": "unconstrained"}
+    one = kind(12, 3, options=options).to(dtype)
+    x, g, *streams = torch.randn(2 + len(kind.streams), 2, 5, 12, dtype=dtype)
+    seen = []
+
+    def oracle(y: Tensor) -> Tensor:
+        seen.append(y)
+        return g
+
+    moved, _ = one.step(x, kind.State(*streams), oracle)
+    assert torch.equal(moved, x + g)
+    assert all(torch.equal(y, x) for y in seen)
+    # and from there every coefficient is learned: none has a gradient of zero
+    y = torch.randn_like(x)
+    (one.step(x, kind.State(*streams), lambda ahead: (ahead * y).tanh())[0] * y).sum().backward()
+    for name, parameter in one.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_point_of_descent_is_not_inherited() -> None:
+    class Other(rules.get("heavy_ball")):  # type: ignore[misc]
+        pass
+
+    assert rules.get("heavy_ball").descent is not None
+    assert Other.descent is None
 
 
 @every_rule

@@ -27,6 +27,7 @@ examples:
   polyak train --corpus ~/texts --tokenizer bpe-4096 --out runs/mine
   polyak train --recipe paper-tinystories --rule adam --dry-run
   polyak train --recipe my.toml --set training.muon_lr=0.01 --track tensorboard
+  polyak train --init runs/mine --steps 600 --out runs/more
   polyak train --out runs/mine --resume --steps 4000"""
 
 PLAIN_EVERY = 30.0

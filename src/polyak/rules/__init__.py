@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polyak.rules._cost import Work
     from polyak.rules._declarations import (
         choice,
+        descends_at,
         positive,
         state_norm,
         unconstrained,
@@ -29,6 +30,7 @@ _LAZY = {
     "UpdateRule": "_base",
     "Work": "_cost",
     "choice": "_declarations",
+    "descends_at": "_declarations",
     "positive": "_declarations",
     "state_norm": "_declarations",
     "unconstrained": "_declarations",
@@ -43,6 +45,7 @@ __all__ = [
     "UpdateRule",
     "Work",
     "choice",
+    "descends_at",
     "get",
     "names",
     "positive",

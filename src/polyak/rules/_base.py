@@ -30,6 +30,7 @@ Oracle: TypeAlias = Callable[[Tensor], Tensor]
 State: TypeAlias = Any
 """A rule's auxiliary streams: a named tuple with a `replace` method."""
 
+COEFFICIENTS = ("constrained", "unconstrained")
 STARTS = ("embedding", "zeros", "ones", "identity")
 
 
@@ -78,6 +79,8 @@ class UpdateRule(nn.Module):
         streams: the auxiliary streams it carries.
         equation: one line for tables, in the papers' symbols.
         work: what a step costs; a rule that declares nothing is measured (`Work`). Not inherited.
+        descent: the options at which a step is exactly x ← x + O(x), for a rule that has such a
+            point; `polyak upgrade` starts there. Not inherited.
         scalars, norms, choices: collected from the class body, not set by hand.
 
     Args:
@@ -87,7 +90,9 @@ class UpdateRule(nn.Module):
         bias: whether they have a bias; RMSNorms never do.
         norm_kind: the model's kind of norm, which theirs follow: `"layer"` or `"rms"`.
         options: the user's `rule_options`: initial values of scalars by name, `frozen` (names of
-            scalars that are not learned), `state_norm` or `update_norm`, and the rule's choices.
+            scalars that are not learned), `state_norm` or `update_norm`, `coefficients`
+            (`constrained`: each scalar is mapped onto its domain; `unconstrained`: none is), and
+            the rule's choices.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -98,6 +103,7 @@ class UpdateRule(nn.Module):
     paper: ClassVar[str] = ""
     equation: ClassVar[str] = ""
     work: ClassVar[Work | None] = None
+    descent: ClassVar[Mapping[str, Any] | None] = None
     streams: ClassVar[tuple[Stream, ...]] = ()
     scalars: ClassVar[dict[str, Scalar]] = {}
     norms: ClassVar[dict[str, Norm]] = {}
@@ -115,6 +121,7 @@ class UpdateRule(nn.Module):
             delattr(cls, attribute)
         cls.name = own.get("name") or cls.__name__
         cls.work = own.get("work")  # a subclass may step differently
+        cls.descent = own.get("descent")
         if not isinstance(cls.streams, tuple) or not all(
             isinstance(stream, Stream) for stream in cls.streams
         ):
@@ -159,8 +166,9 @@ class UpdateRule(nn.Module):
     @classmethod
     def present_scalars(cls, options: Mapping[str, Any]) -> dict[str, Scalar]:
         """The scalars that exist under resolved `options` (some come with a norm only)."""
+        free = options.get("coefficients") == "unconstrained"
         return {
-            name: scalar
+            name: scalar.freed() if free else scalar
             for name, scalar in cls.scalars.items()
             if scalar.requires is None or options.get(scalar.requires) == "layer"
         }
@@ -174,8 +182,11 @@ class UpdateRule(nn.Module):
             ConfigError: a value out of range.
         """
         resolved: dict[str, Any] = {norm.option: norm.default for norm in cls.norms.values()}
+        allowed: dict[str, tuple[Any, ...]] = dict.fromkeys(resolved, Norm.VALUES)
+        if cls.scalars:
+            resolved["coefficients"] = COEFFICIENTS[0]
+            allowed["coefficients"] = COEFFICIENTS
         resolved |= {name: option.default for name, option in cls.choices.items()}
-        allowed = {**{option: Norm.VALUES for option in resolved if option not in cls.choices}}
         allowed |= {name: option.values for name, option in cls.choices.items()}
         for option, values in allowed.items():
             resolved[option] = options.get(option, resolved[option])

@@ -8,14 +8,19 @@ domain, as in the released code:
 - `unconstrained`: raw itself.
 
 Reading `self.beta` in `step` gives the constrained value as a tensor of one element.
+
+With the rule option `coefficients="unconstrained"` every scalar of a rule is its raw value. A
+sigmoid reaches 0 only where its slope has vanished too; unconstrained, β = 0 is an ordinary
+point with slope 1, so that a rule can start exactly at its reduction and still learn to leave it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +61,17 @@ class Scalar:
         if rule is None:
             return self
         ready = rule.__dict__.get(self.name)  # see polyak.nn.one_token
-        return self.constrain(getattr(rule, f"{self.name}_raw")) if ready is None else ready
+        if ready is not None:
+            return ready
+        raw = getattr(rule, f"{self.name}_raw")
+        return raw if rule.options["coefficients"] == "unconstrained" else self.constrain(raw)
 
     def __set__(self, rule: UpdateRule, value: object) -> None:
         raise AttributeError(f"set {self.name}_raw, the raw parameter behind {self.name!r}")
+
+    def freed(self) -> Scalar:
+        """The same scalar without its map: the raw value itself."""
+        return replace(self, domain=_LINE, constrain=_same, raw_of=_same)
 
     def starting_at(self, value: object) -> Scalar:
         """The same scalar with another initial value.
@@ -98,7 +110,15 @@ def positive(initial: float, *, shape: tuple[int, ...] = (1,), requires: str | N
 
 def unconstrained(initial: float, *, shape: tuple[int, ...] = (1,)) -> Any:
     """A scalar that can take any value: the raw parameter itself."""
-    return Scalar(initial, "(−∞, ∞)", lambda raw: raw, lambda value: value, shape)
+    return Scalar(initial, _LINE, _same, _same, shape)
+
+
+_LINE = "(−∞, ∞)"
+Value = TypeVar("Value")
+
+
+def _same(value: Value) -> Value:
+    return value
 
 
 def _logit(value: float) -> float | None:
@@ -155,6 +175,15 @@ class Choice:
 def choice(default: Any, *others: Any) -> Any:
     """An option with a default and other allowed values; `self.NAME` reads the chosen one."""
     return Choice((default, *others), default)
+
+
+def descends_at(**options: Any) -> Mapping[str, Any]:
+    """The rule options at which a step is exactly x ← x + O(x), whatever the state holds.
+
+    Scalars among them may lie on the edge of their domain (β = 0): with
+    `coefficients="unconstrained"` a model can start there.
+    """
+    return MappingProxyType(options)
 
 
 class LayerNorm(nn.Module):

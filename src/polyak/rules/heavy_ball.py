@@ -6,7 +6,17 @@ from math import log
 
 from torch import Tensor
 
-from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, state_norm
+from polyak.rules import (
+    Oracle,
+    State,
+    Stream,
+    UpdateRule,
+    Work,
+    descends_at,
+    positive,
+    register,
+    state_norm,
+)
 from polyak.rules import unit_interval as unit
 
 
@@ -22,6 +32,7 @@ class HeavyBall(UpdateRule):
     streams = (Stream("v", start="embedding"),)
     beta, gamma = unit(0.5), positive(log(2))
     norm = state_norm()
+    descent = descends_at(state_norm="none", beta=0.0, gamma=1.0)
 
     def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
         """One step; x and v are (B, T, d)."""

@@ -7,7 +7,17 @@ from math import log
 from torch import Tensor
 
 from polyak.ops import axpy_through
-from polyak.rules import Oracle, State, Stream, UpdateRule, Work, positive, register, state_norm
+from polyak.rules import (
+    Oracle,
+    State,
+    Stream,
+    UpdateRule,
+    Work,
+    descends_at,
+    positive,
+    register,
+    state_norm,
+)
 from polyak.rules import unit_interval as unit
 
 
@@ -23,6 +33,7 @@ class Nesterov(UpdateRule):
     streams = (Stream("v", start="embedding"),)
     mu, beta, gamma = unit(0.5), unit(0.5), positive(log(2))
     norm = state_norm()
+    descent = descends_at(state_norm="none", mu=0.0, beta=0.0, gamma=1.0)
 
     def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
         """One step; x and v are (B, T, d)."""

@@ -25,6 +25,7 @@ from polyak.rules._registry import source_of
 from polyak.training.checkpoints import Checkpoint, Checkpoints, due
 from polyak.training.distributed import World
 from polyak.training.divergence import SpikeDetector
+from polyak.training.initial import identity
 from polyak.training.journal import Journal
 from polyak.training.metrics import keep_until
 from polyak.training.run_config import RunConfig
@@ -84,6 +85,7 @@ def run_settings(
             "tokens": validation.tokens,
             "bytes": validation.bytes,
         },
+        "init": identity(config.init),
         "device": device.type,
         "rule_source": hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
     }

@@ -34,6 +34,8 @@ class RunConfig:
     """Field that holds the text in JSONL and Parquet."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe-N` trained on the corpus with N tokens, `gpt2`, or the path of a tokenizer."""
+    init: str | None = None
+    """A finished run whose weights training starts from; None: weights are drawn."""
     device: Device = "auto"
     """`cuda` trains under bfloat16 autocast, `cpu` in float32; `auto` takes CUDA if there is."""
     parallel: Parallel = "auto"

@@ -24,7 +24,10 @@ from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_
 from polyak.training.metrics import rows_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from polyak.data.tokenizers import Tokenizer
+    from polyak.nn.config import ModelConfig
     from polyak.nn.transformer import Transformer
     from polyak.training.distributed import World
     from polyak.training.run_config import RunConfig
@@ -62,12 +65,13 @@ class RunFolder:
         """`checkpoints/`."""
         return self.path / "checkpoints"
 
-    def begin(self, settings: dict[str, Any], config: RunConfig) -> None:
+    def begin(self, settings: dict[str, Any], config: RunConfig | None) -> None:
         """Start the run afresh: write `run.json`, clear what an unfinished attempt left.
 
         Args:
             settings: what makes the run the run it is.
-            config: what it was started with, to go on with later from anywhere.
+            config: what it was started with, to go on with later from anywhere; None for a model
+                that was trained elsewhere.
 
         Raises:
             RunError: the folder cannot be written.
@@ -77,7 +81,7 @@ class RunFolder:
         content = {
             "format": FORMAT,
             "settings": settings,
-            "config": _anywhere(config),
+            "config": None if config is None else _anywhere(config),
             "environment": environment(),
             "resumed": [],
         }
@@ -179,6 +183,8 @@ def _anywhere(config: RunConfig) -> dict[str, Any]:
     values = config.to_dict()
     if config.corpus.partition("[")[0] not in known_names():
         values["corpus"] = str(Path(config.corpus).expanduser().resolve())
+    if config.init is not None:
+        values["init"] = str(Path(config.init).expanduser().resolve())
     if parse_name(config.tokenizer).path is not None:
         values["tokenizer"] = str(Path(config.tokenizer).expanduser().resolve())
     return values
@@ -309,11 +315,7 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     Raises:
         RunError: not a run folder, not finished, or its weights do not fit its configuration.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from polyak.data.tokenizers import load_tokenizer
-    from polyak.nn.config import ModelConfig
     from polyak.nn.transformer import Transformer
 
     run, model_folder = RunFolder(Path(folder)), Path(folder) / "model"
@@ -321,16 +323,13 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
         raise RunError(f"{folder} is not a run: run.json is missing")
     if run.result() is None:
         raise RunError(f"{folder} is a run that did not finish: result.json is missing")
-    values = read_json(model_folder / "config.json")
-    if not isinstance(values, dict) or not isinstance(values.get("polyak"), dict):
-        raise RunError(f"{model_folder / 'config.json'} is not a model's: it has no 'polyak' part")
-    config = ModelConfig.from_dict(values["polyak"])
+    config = read_model_config(model_folder)
     _warn_of_other_rule(config.rule, read_json(run.settings_file), run.path)
     model = Transformer(config)
+    weights = read_weights(model_folder / "model.safetensors")
     try:
-        weights = load_file(model_folder / "model.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(
             f"{model_folder / 'model.safetensors'} cannot be loaded: {reason}"
@@ -339,6 +338,37 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     if wrong:
         raise RunError(f"{model_folder}: weights do not fit config.json ({', '.join(wrong[:3])})")
     return model.eval(), load_tokenizer(model_folder)
+
+
+def read_model_config(model_folder: Path) -> ModelConfig:
+    """The configuration in a run's `model/`.
+
+    Raises:
+        RunError: `config.json` is missing, malformed, or not polyak's.
+    """
+    from polyak.nn.config import ModelConfig
+
+    values = read_json(model_folder / "config.json")
+    if not isinstance(values, dict) or not isinstance(values.get("polyak"), dict):
+        raise RunError(f"{model_folder / 'config.json'} is not a model's: it has no 'polyak' part")
+    return ModelConfig.from_dict(values["polyak"])
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        RunError: the file is missing, cut short or something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file} cannot be loaded: {reason}") from error
+    return weights
 
 
 def _warn_of_other_rule(rule: str, recorded: Any, folder: Path) -> None:

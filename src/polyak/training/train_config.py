@@ -34,6 +34,9 @@ class TrainOptions:
     """Field that holds the text in JSONL and Parquet. Default: the recipe's, or `text`."""
     tokenizer: str | None = None
     """`bytes`, `bpe-N`, `gpt2`, or a tokenizer's folder. Default: the recipe's."""
+    init: Path | None = None
+    """Start from the weights of this finished run (trained, imported or upgraded) with fresh
+    optimizers; model, tokenizer and, unless --corpus or --recipe is given, corpus are the run's."""
     steps: int | None = None
     """Optimizer steps. Default: the recipe's. With --resume: where the run ends now."""
     seed: int | None = None
@@ -62,6 +65,8 @@ class TrainOptions:
             raise ConfigError(
                 "with --resume the settings are those of the run in --out; leave out --recipe"
             )
+        if self.resume and self.init is not None:
+            raise ConfigError("a resumed run goes on from its checkpoint; leave out --init")
         for name in ("tokens_per_second", "processes"):
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
@@ -85,10 +90,28 @@ def resolve(options: TrainOptions) -> RunConfig:
         base = recipes.read(name)
         prefix = f"recipe {name}: "
         recipes.build(base, prefix)  # its own mistakes are its own
+        if options.init is not None:
+            base = _started_from(options.init, base, keep_corpus=options.recipe is not None)
     given = _given(options)
     if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
         base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
     return recipes.build(recipes.layered(base, given))
+
+
+def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) -> recipes.Settings:
+    """A recipe's settings with the model, tokenizer and corpus of the run that it starts from."""
+    from polyak.training.runs import read_model_config
+
+    model = _flat(RunConfig(model=read_model_config(folder / "model")))
+    base = {key: value for key, value in base.items() if not key.startswith("model.")}
+    base |= {key: value for key, value in model.items() if key.startswith("model.")}
+    content = read_json(folder / "run.json")
+    recorded = content.get("config") if isinstance(content, dict) else None
+    if isinstance(recorded, dict) and not keep_corpus:
+        base |= {key: recorded[key] for key in ("corpus", "text_field") if key in recorded}
+    kind = read_json(folder / "model" / "polyak_tokenizer.json").get("kind")
+    base["tokenizer"] = "bytes" if kind == "bytes" else str(folder / "model")
+    return base | {"init": str(folder)}
 
 
 def _given(options: TrainOptions) -> recipes.Settings:

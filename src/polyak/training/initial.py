@@ -1,0 +1,92 @@
+"""Training that starts from a finished model's weights, with fresh optimizers.
+
+A run says where it started (`RunConfig.init`) and records the SHA-256 of those weights, so that it
+is the same run only while they are the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak.data.tokenizers import Tokenizer, load_tokenizer
+from polyak.errors import ConfigError, RunError
+from polyak.files import sha256_of
+from polyak.nn.config import ModelConfig
+from polyak.nn.transformer import Transformer
+from polyak.training.runs import read_model_config, read_weights
+
+FREE_TO_DIFFER = ("dropout", "rule_options.frozen")
+"""What training may change about a model without changing what its weights compute."""
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The weights of a finished run.
+
+    Raises:
+        RunError: there are none.
+    """
+    file = Path(folder).expanduser() / "model" / "model.safetensors"
+    if not file.is_file():
+        raise RunError(
+            f"init={str(folder)!r}: {file} is missing; name the folder of a finished run"
+        )
+    return file
+
+
+def identity(folder: str | None) -> dict[str, Any] | None:
+    """What identifies the initial weights in a run's settings; None for weights that are drawn."""
+    return None if folder is None else {"weights": sha256_of(weights_file(folder))}
+
+
+def load_initial(model: Transformer, folder: str | Path, tokenizer: Tokenizer) -> None:
+    """Copy the weights of a finished run into `model`.
+
+    Args:
+        model: what is to be trained; must be the same architecture.
+        folder: the run's folder.
+        tokenizer: of the text that it will be trained on.
+
+    Raises:
+        RunError: there is no finished run, or its weights are corrupt.
+        ConfigError: another architecture, or another tokenizer; the first difference is named.
+    """
+    weights = read_weights(weights_file(folder))
+    source = Path(folder).expanduser() / "model"
+    _same_architecture(read_model_config(source), model.config, folder)
+    trained_with = load_tokenizer(source)
+    if trained_with.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"init={str(folder)!r} has tokenizer {trained_with.name!r}, this run another "
+            f"({tokenizer.name!r}); use --tokenizer {source}"
+        )
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())[0]
+        raise RunError(f"{source}: weights do not fit config.json ({odd})")
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def _same_architecture(there: ModelConfig, now: ModelConfig, folder: str | Path) -> None:
+    theirs, ours = _flat(there), _flat(now)
+    for name in sorted({*theirs, *ours} - set(FREE_TO_DIFFER)):
+        if theirs.get(name) != ours.get(name):
+            fix = (
+                f"polyak upgrade {folder} turns it into another rule"
+                if name == "rule"
+                else "training can change dropout and which scalars are frozen, nothing else"
+            )
+            raise ConfigError(
+                f"model.{name}={ours.get(name)!r} differs from {theirs.get(name)!r} of "
+                f"init={str(folder)!r}; {fix}"
+            )
+
+
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    options = values.pop("rule_options")
+    return values | {f"rule_options.{name}": value for name, value in options.items()}
