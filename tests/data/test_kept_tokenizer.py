@@ -86,6 +86,16 @@ def test_ids_are_those_of_hugging_face_and_text_comes_back(folder: Path) -> None
     assert ours.byte_lengths([ours.end_of_text]).tolist() == [0]
 
 
+def test_the_bytes_of_its_tokens_are_the_text(folder: Path) -> None:
+    """What streamed text is put together from."""
+    tokenizer = read_tokenizer(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        found = b"".join(tokenizer.byte_strings[number] for number in ids).decode()
+        assert found.removeprefix(" ") == text  # SentencePiece puts a space before a text
+        assert [len(tokenizer.byte_strings[n]) for n in ids] == tokenizer.byte_lengths(ids).tolist()
+
+
 def test_text_that_spells_a_special_token_is_just_text(folder: Path) -> None:
     ours = read_tokenizer(folder)
     for spelled in ("<|end_of_text|>", "</s>", "<s> a"):

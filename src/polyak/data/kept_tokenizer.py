@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from polyak.data.byte_level import byte_letters
 from polyak.data.documents import Text, parts_of
 from polyak.data.tokenizers import END_OF_TEXT, Ids, Tokenizer
 from polyak.errors import DataError
@@ -94,19 +95,30 @@ class KeptTokenizer(Tokenizer):
 
         For SentencePiece, exact up to the space that it puts before a text.
         """
-        table = np.zeros(self.vocab_size, dtype=np.int64)
-        added = self._inner.get_added_tokens_decoder()
-        for number, token in self._tokens.items():
-            if number in added:
-                special = added[number].special
-                table[number] = 0 if special else len(added[number].content.encode())
-            elif self._form == "bytes":
-                table[number] = len(token)  # one letter is one byte
-            else:
-                one = _BYTE.fullmatch(token) is not None
-                table[number] = 1 if one else len(token.replace(_SPACE, " ").encode())
+        table = np.array([len(string) for string in self.byte_strings], dtype=np.int64)
+        for number, token in self._inner.get_added_tokens_decoder().items():
+            if token.special:
+                table[number] = 0
         table[self._end] = 0
         return table
+
+    @cached_property
+    def byte_strings(self) -> list[bytes]:
+        """See `Tokenizer.byte_strings`; empty for ids that no token has."""
+        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+        added = self._inner.get_added_tokens_decoder()
+        strings = [b""] * self.vocab_size
+        for number, token in self._tokens.items():
+            if number in added:
+                strings[number] = added[number].content.encode()
+            elif self._form == "bytes":
+                strings[number] = bytes(byte_of[letter] for letter in token)
+            elif _BYTE.fullmatch(token):
+                strings[number] = bytes([int(token[3:5], 16)])
+            else:
+                strings[number] = token.replace(_SPACE, " ").encode()
+        strings[self._end] = END_OF_TEXT.encode()
+        return strings
 
     def pieces(self, text: Text) -> Iterator[str]:
         """The text as one piece: where it may be cut is not known."""
