@@ -284,7 +284,7 @@ class _Study:
         config = self.config
         wanted = SharpnessConfig(
             tokens=config.sharpness_tokens,
-            top_k=1,
+            top_k=5,  # deflating the outliers makes the trace cheap
             trace_precision=config.trace_precision,
             density_probes=0,
             slice_radius=0.0,
