@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import keyword
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ COMMANDS = {
     "report": "draw the curves of any runs into one page",
     "rules": "print the family of update rules and what they cost",
     "prepare": "turn a corpus into token shards, ready to train on",
+    "import": "take in a released checkpoint, or GPT-2 and Llama weights, as a run",
+    "export": "write a run's weights as a released checkpoint",
+    "upgrade": "turn a gradient_descent model into one with momentum",
     "bench": "time models and numerical kernels, interleaved",
 }
 
@@ -73,7 +77,9 @@ def _run(command: str, words: list[str], debug: bool) -> int:
 
     warnings.formatwarning = lambda message, *_, **__: f"polyak {command}: warning: {message}\n"
     try:
-        module = importlib.import_module(f"polyak.cli.{command}")
+        # no module can be named like a keyword and be imported by a statement: `import_`
+        name = f"{command}_" if keyword.iskeyword(command) else command
+        module = importlib.import_module(f"polyak.cli.{name}")
         code: int = module.main(words)
         return code
     except KeyboardInterrupt:
