@@ -19,6 +19,9 @@ from polyak.errors import ConfigError
 from polyak.nn.presets import PAPER
 from polyak.nn.transformer import Transformer
 
+TIED_OUTPUT = "lm_head.weight"
+"""The output matrix, which some checkpoints list besides the token table that it is tied to."""
+
 _SUBSTEPS = {"attention": "attn", "mlp": "mlp"}
 _ORACLES = {
     "attention.norm": "ln_attn",
@@ -53,6 +56,11 @@ def released_names(model: Transformer) -> dict[str, str]:
                 f"the released checkpoints have {name}={value!r}; this model differs, with "
                 f"{name}={getattr(config, name)!r}"
             )
+    if config.rule_options.get("coefficients") == "unconstrained":
+        raise ConfigError(
+            "the released checkpoints store scalars before sigmoid and softplus; this model has "
+            "coefficients='unconstrained'"
+        )
     names = {}
     for ours, _ in model.named_parameters():
         if ours != "head.weight":  # tied, so normally not listed
@@ -84,12 +92,12 @@ def load_state_dict(model: Transformer, state: Mapping[str, Tensor]) -> None:
     """Load weights named as in a released checkpoint into `model`, in place.
 
     Raises:
-        ConfigError: a weight is missing, left over, or has another shape; the first is named.
+        ConfigError: a weight is missing, left over, or has another shape; the first is named. Or
+            the output is not tied.
     """
     names = released_names(model)
     missing = [released for released in names.values() if released not in state]
-    # the release registers the tied output as `lm_head.weight` in some checkpoints
-    extra = sorted(set(state) - set(names.values()) - {"lm_head.weight"})
+    extra = sorted(set(state) - set(names.values()) - {TIED_OUTPUT})
     if missing or extra:
         raise ConfigError(
             f"not a checkpoint of rule {model.rule.name}: "
@@ -98,6 +106,11 @@ def load_state_dict(model: Transformer, state: Mapping[str, Tensor]) -> None:
                 for what, found in (("missing", missing), ("unexpected", extra))
                 if found
             )
+        )
+    tied = state.get(TIED_OUTPUT)
+    if tied is not None and not torch.equal(tied, state["tok_emb.weight"]):
+        raise ConfigError(
+            f"{TIED_OUTPUT} is not tok_emb.weight: the output is untied, which no release has"
         )
     parameters = dict(model.named_parameters())
     for ours, released in names.items():

@@ -2,7 +2,7 @@ r"""From gradient descent to another rule, so that training can go on with momen
 
 A rule that declares where it is gradient descent (`UpdateRule.descent`) starts exactly there: for
 triple_momentum, v ← βv + γO(x + μv); x ← x + νv, without LN_v and with β = μ = 0, γ = ν = 1 it is
-x ← x + O(x) whatever v is, to the last bit. The coefficients are unconstrained, so β and μ have slope 1 at 0:
+x ← x + O(x) whatever v is, to the last bit. Its coefficients are unconstrained, with slope 1 at 0:
 ∂L/∂β = ⟨∂L/∂v′, v⟩, which is not zero wherever a velocity has come in.
 
 Everything else is an approximation. With LN_v or LN_u the update of a token has a fixed length,
@@ -160,7 +160,7 @@ Step = Callable[[], tuple[Tensor, Any]]
 
 @contextmanager
 def _seeing(block: Any, see: Callable[[UpdateRule, Step, Tensor], None]) -> Iterator[None]:
-    """Call `see(rule, step, x)` before each step of a block; `step()` takes it, as often as asked."""
+    """Call `see(rule, step, x)` before each step of a block; `step()` takes it at will."""
     own = list(block.rules.values())
     for rule in own:
 
