@@ -13,7 +13,7 @@ from polyak.data.tokenizer_names import GPT2, GPT2_SIZE, parse_name
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, RunError
 from polyak.files import sha256_of
-from polyak.interop import released_files
+from polyak.interop import hub_folders, released_files
 from polyak.interop.made_runs import check_out, write_run
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
@@ -81,15 +81,17 @@ def import_run(
     path = Path(source).expanduser()
     if path.is_file():
         found = _released(path, rule, tokenizer, num_heads)
+    elif not path.is_dir() and not _hub_name(source):
+        raise RunError(f"{source} does not exist")
     elif rule is not None or num_heads is not None:
         option = "--rule" if rule is not None else "--num-heads"
         raise ConfigError(
             f"{option} is for released checkpoint files, and {source} is none; leave it out"
-            if path.is_dir() or _hub_name(source)
-            else f"{source} does not exist"
         )
     else:
-        raise RunError(f"{source} does not exist")
+        found = _hugging_face(
+            source, path if path.is_dir() else hub_folders.fetch(source), tokenizer
+        )
     named = parse_name(found.tokenizer)
     if named.size is not None:
         raise ConfigError(f"tokenizer {found.tokenizer!r} would be trained anew; give its folder")
@@ -158,6 +160,25 @@ def _released(
         loss=released.val_loss,
         notes=notes,
     )
+
+
+def _hugging_face(source: str, folder: Path, tokenizer: str | None) -> Found:
+    model, described = hub_folders.load(folder)
+    config = model.config
+    about = {
+        "from": source if not Path(source).expanduser().is_dir() else str(folder.resolve()),
+        "format": f"Hugging Face, {described['model_type']}",
+        "dtypes": [hub_folders.described_dtype(described)],
+        "sha256": {file.name: sha256_of(file) for file in hub_folders.weight_files(folder)},
+    }
+    notes = []
+    stated = described.get("max_position_embeddings")
+    if isinstance(stated, int) and stated > config.context_length:
+        notes.append(
+            f"context {config.context_length:,} instead of {stated:,}: up to there the model's "
+            "sliding window hides nothing"
+        )
+    return Found(model=model, tokenizer=tokenizer or str(folder), about=about, notes=notes)
 
 
 def _usual_tokenizer(vocab_size: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from polyak.errors import RunError
 from polyak.files import write_atomic
 from polyak.interop.detect import detect
 from polyak.interop.release import load_state_dict, to_state_dict
+from polyak.interop.safe_pickle import load_pickle
 from polyak.nn.config import ModelConfig
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
@@ -58,7 +58,7 @@ def read(file: Path) -> Released:
     Raises:
         RunError: missing, cut short, something else, or holding code instead of weights.
     """
-    content = _load(file)
+    content = load_pickle(file)
     if not isinstance(content, Mapping) or not content:
         kind = type(content).__name__ if not isinstance(content, Mapping) else "empty dict"
         raise RunError(f"{file} is not a released checkpoint: it holds a {kind}, not weights")
@@ -79,25 +79,6 @@ def read(file: Path) -> Released:
         left_out=tuple(sorted(map(str, content.keys() - {"model", "step", "val_loss", CONFIG}))),
         config=ModelConfig.from_dict(config) if isinstance(config, Mapping) else None,
     )
-
-
-def _load(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise RunError(f"cannot read {file}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        text = " ".join(str(error).split())
-        if "Unsupported" in text or "GLOBAL" in text:
-            named = text.partition("GLOBAL ")[2].split(" ")[0] or "something"
-            raise RunError(
-                f"{file} holds more than weights ({named}): loading it would run code, so it is "
-                "refused; save its state dict alone"
-            ) from error
-        raise RunError(f"{file} is not a file of torch.save") from error
-    except Exception as error:  # a damaged archive raises nearly anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise RunError(f"{file} is damaged, or not a file of torch.save: {reason}") from error
 
 
 def _number(value: Any) -> float | None:

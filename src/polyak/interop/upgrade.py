@@ -186,22 +186,23 @@ def _fit_gain(rule: UpdateRule, moved: Callable[[], Tensor], aim: Tensor) -> Non
     norms = [norm for norm in norms if hasattr(norm, "weight")]
     if norms:
         norm = norms[0]
+        bias = getattr(norm, "bias", None)  # an RMSNorm has none
         norm.weight.zero_()
-        if norm.bias is not None:
-            norm.bias.zero_()
+        if bias is not None:
+            bias.zero_()
         still = moved()
         norm.weight.fill_(1)
         u, rest = (moved() - still).flatten(0, -2), (aim - still).flatten(0, -2)
-        if norm.bias is None:
+        if bias is None:
             norm.weight.copy_((rest * u).sum(0) / _positive((u * u).sum(0)))
             return
         norm.weight.zero_()
-        norm.bias.fill_(1)
+        bias.fill_(1)
         unit = (moved() - still).flatten(0, -2).mean(0)  # x′ is linear in the bias too
         u_mean, rest_mean = u.mean(0), rest.mean(0)
         centred = u - u_mean
         norm.weight.copy_((rest * centred).sum(0) / _positive((centred * centred).sum(0)))
-        norm.bias.copy_((rest_mean - norm.weight * u_mean) / unit)
+        bias.copy_((rest_mean - norm.weight * u_mean) / unit)
         return
     scalar = rule.present_scalars(rule.options).get("gamma")
     if scalar is None:

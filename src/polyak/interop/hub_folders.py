@@ -1,0 +1,167 @@
+"""GPT-2 and Llama-family models in Hugging Face's format: a folder, or a name on the hub.
+
+config.json
+model.safetensors, or its shards with model.safetensors.index.json
+pytorch_model.bin (and its shards), read without running code; safetensors win
+tokenizer.json, or vocab.json and merges.txt
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from polyak.errors import RunError
+from polyak.files import read_json
+from polyak.interop.safe_pickle import load_pickle
+from polyak.interop.weights import (
+    LLAMA_FAMILY,
+    from_gpt2,
+    from_llama,
+    gpt2_config,
+    llama_config,
+)
+from polyak.nn.transformer import Transformer
+from polyak.training.runs import read_weights
+
+WANTED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_PATIENCE = 10.0
+
+
+def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
+    """The model in a folder, in evaluation mode, float32, and its `config.json`.
+
+    Raises:
+        RunError: no such model, or a file of it is missing or damaged.
+        ConfigError: it computes something that polyak's models do not; the setting is named.
+    """
+    if (folder / "run.json").exists():
+        raise RunError(f"{folder} is a run of polyak already; use it as it is")
+    described = read_json(folder / "config.json")
+    kind = described.get("model_type") if isinstance(described, dict) else None
+    if kind != "gpt2" and kind not in LLAMA_FAMILY:
+        known = ", ".join(("gpt2", *LLAMA_FAMILY))
+        raise RunError(f"{folder} holds a model of type {kind!r}; what can be imported: {known}")
+    try:
+        config = gpt2_config(described) if kind == "gpt2" else llama_config(described)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{folder / 'config.json'} is not whole: {error!r}") from error
+    state = read_state(folder)
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RunError(f"{folder}: weight {name!r} is not finite everywhere")
+    model = Transformer(config)
+    ours = from_gpt2(state, config) if kind == "gpt2" else from_llama(state, config)
+    model.load_state_dict(ours)
+    return model.float().eval(), described
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder under their names there.
+
+    Raises:
+        RunError: there are none, a shard is missing, or a file is damaged.
+    """
+    file = _first(folder)
+    return _shards(folder, file) if file.suffix == ".json" else _file(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_state` reads, for the record."""
+    file = _first(folder)
+    if file.suffix != ".json":
+        return [file]
+    return [
+        file,
+        *(folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))),
+    ]
+
+
+def _first(folder: Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
+    raise RunError(
+        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no shards"
+    )
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise RunError(f"{index} is not an index of shards: it has no 'weight_map'")
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, places.values()))):
+        if Path(shard).name != shard:  # an index may not point out of its folder
+            raise RunError(f"{index} names the shard {shard!r}, which is not in its folder")
+        if not (folder / shard).is_file():
+            raise RunError(f"{folder / shard} is missing, one of the shards in {index.name}")
+        state |= _file(folder / shard)
+    if missing := sorted(places.keys() - state.keys()):
+        raise RunError(f"{index} promises weight {missing[0]!r}, which no shard holds")
+    return state
+
+
+def _file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return read_weights(file)
+    content = load_pickle(file)
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise RunError(f"{file} holds something else than weights")
+    return dict(content)
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model on the hub, from the cache or else downloaded.
+
+    Raises:
+        RunError: it is not in the cache and the hub cannot be reached, or has no such model.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        info = HfApi().model_info(name, timeout=_PATIENCE)
+        files = {sibling.rfilename for sibling in info.siblings or ()}
+        safe = any(file.endswith(".safetensors") for file in files)
+        wanted = [*WANTED] if safe else [*WANTED, *PICKLES]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as problem:  # the layers below have error classes of their own
+        cached = _cached(name)
+        if cached is not None:
+            return cached
+        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+        raise RunError(
+            f"{name} is no file or folder here, it is not in Hugging Face's cache, and the hub "
+            f"does not give it: {reason}; download it where there is a network "
+            f"('hf download {name} --local-dir FOLDER') and import the folder"
+        ) from problem
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*WANTED], local_files_only=True))
+    except Exception:
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def described_dtype(described: Mapping[str, Any]) -> str:
+    """The number format that the configuration states, for the record."""
+    return json.dumps(described.get("dtype", described.get("torch_dtype"))).strip('"')

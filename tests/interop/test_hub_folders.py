@@ -1,0 +1,249 @@
+"""GPT-2 and Llama-family folders, made by transformers, as runs with the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import write_corpus
+
+from polyak import load_run
+from polyak.cli.main import main
+from polyak.data.tokenizers import BPETokenizer
+from polyak.errors import RunError
+from polyak.interop.hub_folders import read_state
+from polyak.interop.upgrade import upgrade
+from polyak.nn.rule_text import parse_rule
+
+transformers = pytest.importorskip("transformers")
+
+GPT2 = {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 32, "vocab_size": 300}
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "vocab_size": 300,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "llama": ("Llama", LLAMA),
+    "llama-tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 8}),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYAK_CACHE", str(tmp_path_factory.getbasetemp() / "interop-cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def theirs(kind: str, **fields: Any) -> Any:
+    """A random model of transformers, every weight off its initial value."""
+    name, config = KINDS[kind]
+    made = getattr(transformers, f"{name}Config")(**{**config, **fields})
+    suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{name}{suffix}")(made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, **options)
+    BPETokenizer.train(["some text to train on " * 9], 257).save(folder)
+    (folder / "polyak_tokenizer.json").unlink()
+    return folder
+
+
+def same(model: Any, run: Path) -> float:
+    ours, _ = load_run(run)
+    ids = torch.randint(257, (3, 20))
+    with torch.no_grad():
+        return float((ours(ids) - model(ids).logits).abs().max())
+
+
+@every_kind
+def test_a_folder_is_imported_with_identical_logits(kind: str, tmp_path: Path) -> None:
+    model = theirs(kind)
+    folder = save(model, tmp_path / "theirs")
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    assert same(model, tmp_path / "run") < 1e-5
+    recorded = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert recorded["imported"]["format"] == f"Hugging Face, {kind.partition('-')[0]}"
+    assert recorded["tokenizer"]["name"] == "bpe-257"
+
+
+@every_kind
+@pytest.mark.parametrize("form", ["shards", "pickle", "pickle shards"])
+def test_shards_and_pickles_hold_the_same_weights(kind: str, form: str, tmp_path: Path) -> None:
+    model = theirs(kind)
+    folder = save(model, tmp_path / "theirs", max_shard_size="20KB" if form == "shards" else "9GB")
+    single = folder / "model.safetensors"
+    if form == "shards":
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    else:
+        state = load_file(single)
+        single.unlink()
+        if form == "pickle":
+            torch.save(state, folder / "pytorch_model.bin")
+        else:
+            names = sorted(state)
+            places = {}
+            for part, some in enumerate((names[::2], names[1::2])):
+                torch.save({k: state[k] for k in some}, folder / f"pytorch_model-{part}.bin")
+                places |= dict.fromkeys(some, f"pytorch_model-{part}.bin")
+            index = folder / "pytorch_model.bin.index.json"
+            index.write_text(json.dumps({"weight_map": places}))
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    assert same(model, tmp_path / "run") < 1e-5
+
+
+@every_kind
+@pytest.mark.parametrize("rule", ["heavy_ball", "nesterov", "triple_momentum"])
+def test_imported_models_are_upgraded_exactly(kind: str, rule: str, tmp_path: Path) -> None:
+    folder = save(theirs(kind), tmp_path / "theirs")
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    words = ["upgrade", str(tmp_path / "run"), str(tmp_path / "up"), "--rule", rule]
+    assert main(words) == 0
+    (old, _), (new, _) = load_run(tmp_path / "run"), load_run(tmp_path / "up")
+    ids = torch.randint(257, (3, 20))
+    assert torch.equal(old(ids), new(ids))
+    new(ids).square().mean().backward()
+    betas = [p.grad for name, p in new.named_parameters() if name.endswith("beta_raw")]
+    assert all(grad is not None and grad.abs() > 0 for grad in betas)
+
+
+@every_kind
+def test_imported_models_are_fitted_where_a_norm_is_wanted(kind: str, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    folder = save(theirs(kind), tmp_path / "theirs")
+    words = ["--corpus", str(corpus), "--tokens", "128"]
+    assert main(["import", str(folder), str(tmp_path / "run"), *words]) == 0
+    wanted = "triple_momentum[state_norm=layer]"
+    up = tmp_path / "up"
+    assert main(["upgrade", str(tmp_path / "run"), str(up), "--rule", wanted, *words]) == 0
+    about = json.loads((up / "run.json").read_text())["settings"]["upgrade"]
+    assert about["exact"] is False
+    assert about["fitted_on"]["tokens"] == 128
+    assert about["loss_after"] > 0
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ("llama", {"hidden_act": "gelu_fast"}, "hidden_act"),
+    ("llama", {"head_dim": 16}, "head_dim=16"),
+    ("llama", {"attention_bias": True}, "attention_bias"),
+    ("gpt2", {"activation_function": "tanh"}, "activation_function"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"model_type": "bloom"}, "holds a model of type 'bloom'"),
+    ("gpt2", {"n_layer": None}, "num_layers=None"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), REFUSED, ids=str)
+def test_what_polyak_does_not_compute_is_refused_by_name(
+    kind: str,
+    fields: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = save(theirs(kind), tmp_path / "theirs")
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    if "rope_scaling" in fields:
+        content.pop("rope_parameters", None)
+    file.write_text(json.dumps({**content, **fields}))
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_folders_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(theirs("gpt2"), tmp_path / "theirs", max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+
+    def refused(*words: str) -> str:
+        assert main(["import", str(folder), str(tmp_path / "run"), *words]) == 1
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+        return error
+
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[:-9])
+    assert "cannot be loaded" in refused()
+    shards[0].unlink()
+    assert "is missing, one of the shards" in refused()
+    state = {k: torch.zeros(3) for k in ("wte.weight",)}
+    save_file(state, shards[0])
+    assert "which no shard holds" in refused()
+    shards[0].write_bytes(whole)
+    assert "--rule is for released checkpoint files" in refused("--rule", "adam")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    content["weight_map"][first] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    assert "not in its folder" in refused()
+    index.unlink()
+    assert "holds no weights" in refused()
+    with pytest.raises(RunError, match="holds no weights"):
+        read_state(folder)
+    (folder / "config.json").unlink()
+    assert "cannot read" in refused()
+
+
+def test_a_tokenizer_that_polyak_cannot_run_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(theirs("llama"), tmp_path / "theirs")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "is no tokenizer that polyak can use: it is not byte-level BPE" in error
+    assert main(["import", str(folder), str(tmp_path / "run"), "--tokenizer", "bytes"]) == 0
+
+
+def test_without_a_network_a_hub_name_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert main(["import", "nobody/nothing-here", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "not in Hugging Face's cache" in error
+    assert main(["import", "no such file.pt", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "polyak import: no such file.pt does not exist\n"
+
+
+def test_a_run_of_polyak_needs_no_import(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(theirs("gpt2"), tmp_path / "theirs")
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["import", str(tmp_path / "run"), str(tmp_path / "again")]) == 1
+    assert "is a run of polyak already" in capsys.readouterr().err
+    model, _ = load_run(tmp_path / "run")
+    assert upgrade(model, parse_rule("heavy_ball"), lambda: torch.zeros(1, 1)).exact
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "best.pt")]) == 1
+    assert "the released checkpoints have" in capsys.readouterr().err
