@@ -383,3 +383,15 @@ def test_a_run_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "holds a run already" in capsys.readouterr().err
     after = load_file(tmp_path / "run/model/model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_report_of_an_imported_run_says_that_there_are_no_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = weights("gradient_descent")
+    state["tok_emb.weight"] = torch.randn(256, 24)
+    words = ["import", str(saved(tmp_path, state)), str(tmp_path / "run"), "--num-heads", "3"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 1
+    assert "was imported, not trained here" in capsys.readouterr().err

@@ -17,7 +17,7 @@ start as exactly the same function; with a norm in the rule, and for every other
 rule, gains are fitted on text and the loss before and after is reported.
 
 examples:
-  polyak upgrade runs/mine runs/upgraded --rule triple_momentum
+  polyak upgrade runs/mine runs/upgraded
   polyak upgrade runs/gpt2 runs/upgraded --rule triple_momentum[stream_start=zeros]
   polyak upgrade runs/mine runs/upgraded --rule triple_momentum[state_norm=layer]
   polyak upgrade runs/gpt2 runs/upgraded --rule adam --corpus ~/texts"""
@@ -31,7 +31,7 @@ class UpgradeConfig:
     """The run's folder: trained here, or imported."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder for the upgraded run."""
-    rule: str
+    rule: str = "triple_momentum"
     """The new rule; brackets set its options and stream_start."""
     corpus: str | None = None
     """Text to fit and measure on. Default: the corpus that the run was trained on."""

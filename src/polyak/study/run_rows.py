@@ -42,6 +42,8 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
         raise RunError(f"{run.settings_file} is not a run's: it has no 'settings' part")
     settings, result = recorded["settings"], run.result()
+    if "training" not in settings:
+        raise RunError(f"{folder} was imported, not trained here: it has no curves to draw")
     rows = run.metrics()
     train = [row for row in rows if row["kind"] == "train"]
     checks = [row for row in rows if row["kind"] == "validation"]
