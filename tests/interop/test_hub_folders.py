@@ -223,6 +223,30 @@ def test_a_tokenizer_that_polyak_cannot_run_is_one_line(
     assert main(["import", str(folder), str(tmp_path / "run"), "--tokenizer", "bytes"]) == 0
 
 
+def test_another_tokenizer_is_taken_along_where_its_folder_says_what_ends_a_text(
+    tmp_path: Path,
+) -> None:
+    folder, corpus = save(theirs("llama"), tmp_path / "theirs"), write_corpus(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    byte_level = {**content["pre_tokenizer"], "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    content["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    run, up = tmp_path / "run", tmp_path / "up"
+    words = ["--corpus", str(corpus), "--tokens", "128"]
+    assert main(["import", str(folder), str(run), *words]) == 0
+    _, tokenizer = load_run(run)
+    expected = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    text = "the quick brown fox"
+    assert tokenizer.encode(text).tolist() == expected(text)["input_ids"]
+    assert main(["upgrade", str(run), str(up), *words]) == 0
+    more = ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "more")]
+    more += ["--set", "training.eval_tokens=128", "--set", "training.batch_size=2"]
+    assert main(["train", "--init", str(up), *more]) == 0
+
+
 def test_without_a_network_a_hub_name_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,8 @@ def read_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
     A folder is one that polyak wrote (`Tokenizer.save`, a run's `model/`), or holds
     `tokenizer.json`, or GPT-2's older pair `vocab.json` and `merges.txt`. What polyak did not
     write must be byte-level BPE with GPT-2's word splitting, no normalisation, and
-    `<|endoftext|>` as its last id.
+    `<|endoftext|>` as its last id; or lie beside a `tokenizer_config.json` that says which token
+    ends a text, and is then kept as it is (`polyak.data.kept_tokenizer`).
 
     Raises:
         DataError: there is no such tokenizer at `path`.
@@ -136,6 +137,19 @@ def read_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and (path / "polyak_tokenizer.json").is_file():
         return load_tokenizer(path)
+    try:
+        return _gpt2_like(path, folder, name)
+    except DataError:
+        # another kind, with which a model came: its folder says which token ends a text
+        from polyak.data.kept_tokenizer import kept
+
+        found = kept(path) if path.is_dir() and name is None else None
+        if found is None:
+            raise
+        return found
+
+
+def _gpt2_like(path: Path, folder: Path, name: str | None) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         vocabulary, merges = _from_json(file)

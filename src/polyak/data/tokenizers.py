@@ -248,6 +248,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             )
         if description["kind"] == ByteTokenizer.kind:
             tokenizer: Tokenizer = ByteTokenizer()
+        elif description["kind"] == "kept":
+            from polyak.data.kept_tokenizer import KeptTokenizer
+
+            definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            tokenizer = KeptTokenizer(definition, int(description["end_of_text"]))
         else:
             model = read_json(folder / "tokenizer.json", error=DataError)["model"]
             vocabulary: dict[str, int] = model["vocab"]
@@ -255,7 +260,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             name = str(description["name"])
             tokenizer = BPETokenizer(tokens[:-1], pairs(model["merges"]), name)
         intact = tokenizer.fingerprint == description["fingerprint"]
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise DataError(f"{folder} holds no tokenizer that polyak wrote: {problem!r}") from problem
     if not intact:
         raise DataError(f"the tokenizer in {folder} was changed after it was saved")

@@ -1,0 +1,164 @@
+"""Tokenizers that came with a model: Hugging Face's `tokenizer.json`, kept and run as it is.
+
+For models of the Llama family, whose tokenizers split words differently from GPT-2's or are no
+byte-level BPE. Such a tokenizer may normalise, so text need not come back to the last byte, and a
+long text is encoded whole. Special tokens never come out of `encode`, whatever the text spells.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak.data.documents import Text, parts_of
+from polyak.data.tokenizers import END_OF_TEXT, Ids, Tokenizer
+from polyak.errors import DataError
+from polyak.files import read_json
+
+_SPACE = "▁"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class KeptTokenizer(Tokenizer):
+    """A tokenizer by its `tokenizer.json`.
+
+    Args:
+        definition: the file's content.
+        end_of_text: the id that ends a document.
+
+    Raises:
+        DataError: Hugging Face's `tokenizers` cannot read it, or it does not tell how many bytes a
+            token stands for: it is neither byte-level nor of SentencePiece's form.
+    """
+
+    kind = "kept"
+
+    def __init__(self, definition: str, end_of_text: int) -> None:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        try:
+            self._inner = HuggingFaceTokenizer.from_str(definition)
+        except Exception as problem:  # `tokenizers` raises bare Exception
+            raise DataError(
+                f"tokenizer.json cannot be read: {' '.join(str(problem).split())}"
+            ) from problem
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        self._inner.encode_special_tokens = True  # text that spells one is just text
+        self._definition, self._end = definition, end_of_text
+        tokens: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
+        self._tokens = {number: token for token, number in tokens.items()}
+        self.vocab_size = max(self._tokens) + 1
+        if end_of_text not in self._tokens:
+            raise DataError(f"tokenizer.json has no token {end_of_text} to end a text with")
+        self.name = f"kept-{self.vocab_size}"
+        self.fingerprint = sha256(f"polyak kept 1 {end_of_text} {definition}".encode()).hexdigest()
+        self._form = _form(json.loads(definition))
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends every document."""
+        return self._end
+
+    def encode_many(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Tokenizer.encode_many`; without the tokens that a model's template puts around."""
+        try:
+            found = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        except UnicodeEncodeError as problem:
+            raise DataError("the text is not valid Unicode: unpaired surrogate") from problem
+        return [np.asarray(one.ids, dtype=np.int64) for one in found]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """See `Tokenizer.decode`; the end-of-text token reads `<|endoftext|>`."""
+        given = np.asarray(ids, dtype=np.int64).reshape(-1)
+        known = np.isin(given, np.fromiter(self._tokens, np.int64))
+        # a model's vocabulary may be padded: ids that no token has stand for nothing
+        documents = np.split(given, np.flatnonzero(given == self._end))
+        masks = np.split(known & (given != self._end), np.flatnonzero(given == self._end))
+        return END_OF_TEXT.join(
+            self._inner.decode(document[mask].tolist(), skip_special_tokens=False)
+            for document, mask in zip(documents, masks, strict=True)
+        )
+
+    @cached_property
+    def byte_table(self) -> npt.NDArray[np.int64]:
+        """See `Tokenizer.byte_table`; special tokens are 0.
+
+        For SentencePiece, exact up to the space that it puts before a text.
+        """
+        table = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self._inner.get_added_tokens_decoder()
+        for number, token in self._tokens.items():
+            if number in added:
+                special = added[number].special
+                table[number] = 0 if special else len(added[number].content.encode())
+            elif self._form == "bytes":
+                table[number] = len(token)  # one letter is one byte
+            else:
+                one = _BYTE.fullmatch(token) is not None
+                table[number] = 1 if one else len(token.replace(_SPACE, " ").encode())
+        table[self._end] = 0
+        return table
+
+    def pieces(self, text: Text) -> Iterator[str]:
+        """The text as one piece: where it may be cut is not known."""
+        whole = "".join(parts_of(text))
+        if whole:
+            yield whole
+
+    def hugging_face_json(self) -> str:
+        """The file as it came."""
+        return self._definition
+
+
+def kept(folder: Path) -> KeptTokenizer | None:
+    """The tokenizer of a model's folder, if it says there which token ends a text.
+
+    Raises:
+        DataError: it does, but the tokenizer cannot be used.
+    """
+    file, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file() or not about.is_file():
+        return None
+    described = read_json(about, error=DataError)
+    end = described.get("eos_token") if isinstance(described, dict) else None
+    if isinstance(end, dict):
+        end = end.get("content")
+    content = read_json(file, error=DataError)
+    number = _number_of(content, end)
+    return None if number is None else KeptTokenizer(file.read_text(encoding="utf-8"), number)
+
+
+def _number_of(content: Any, token: Any) -> int | None:
+    try:
+        for added in content.get("added_tokens") or ():
+            if added["content"] == token:
+                return int(added["id"])
+        found = content["model"]["vocab"].get(token)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _form(content: dict[str, Any]) -> str:
+    """`bytes`: tokens spelled in GPT-2's letters; `sentencepiece`: in text with ▁ for spaces."""
+    decoder = content.get("decoder") or {}
+    steps = [decoder, *(decoder.get("decoders") or ())]
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        return "bytes"
+    replaced = any(s.get("type") == "Replace" and s.get("content") == " " for s in steps)
+    if "Metaspace" in kinds or replaced:
+        return "sentencepiece"
+    raise DataError(
+        "tokenizer.json is neither byte-level nor of SentencePiece's form, so that polyak cannot "
+        "tell how many bytes its tokens stand for"
+    )
