@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interop.vectors import VECTORS, about, weights
+from interop.vectors import FOLDER, VECTORS, about, weights
 from safetensors.torch import load_file
 from tiny_runs import polyak, write_corpus
 from torch import Tensor
@@ -395,3 +395,17 @@ def test_a_report_of_an_imported_run_says_that_there_are_no_curves(
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 1
     assert "was imported, not trained here" in capsys.readouterr().err
+
+
+@every_vector
+def test_conformance_vectors_go_in_and_out_bit_for_bit(name: str, tmp_path: Path) -> None:
+    state = weights(name)
+    tensors = load_file(FOLDER / f"{name}.safetensors")
+    for form in ("bare", "training"):
+        model = build(read(saved(tmp_path, state)), num_heads=int(about(name)["n_heads"]))
+        write(model, tmp_path / form, form)  # type: ignore[arg-type]
+        again = read(tmp_path / form)
+        assert again.state.keys() == state.keys()
+        assert all(torch.equal(again.state[key], state[key]) for key in state)
+        logits = build(again, num_heads=int(about(name)["n_heads"])).double()(tensors["input_ids"])
+        assert (logits - tensors["logits"]).abs().max() < 1e-9

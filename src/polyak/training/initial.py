@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from polyak.data.tokenizers import Tokenizer, load_tokenizer
 from polyak.errors import ConfigError, RunError
@@ -41,34 +42,39 @@ def identity(folder: str | None) -> dict[str, Any] | None:
     return None if folder is None else {"weights": sha256_of(weights_file(folder))}
 
 
-def load_initial(model: Transformer, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Copy the weights of a finished run into `model`.
+def initial_weights(
+    folder: str | Path | None, config: ModelConfig, tokenizer: Tokenizer
+) -> dict[str, Tensor] | None:
+    """The weights of a finished run, for `Trainer(weights=...)`; None without a folder.
 
     Args:
-        model: what is to be trained; must be the same architecture.
         folder: the run's folder.
+        config: of the model that is to be trained; must be the same architecture.
         tokenizer: of the text that it will be trained on.
 
     Raises:
         RunError: there is no finished run, or its weights are corrupt.
         ConfigError: another architecture, or another tokenizer; the first difference is named.
     """
+    if folder is None:
+        return None
     weights = read_weights(weights_file(folder))
     source = Path(folder).expanduser() / "model"
-    _same_architecture(read_model_config(source), model.config, folder)
+    _same_architecture(read_model_config(source), config, folder)
     trained_with = load_tokenizer(source)
     if trained_with.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"init={str(folder)!r} has tokenizer {trained_with.name!r}, this run another "
             f"({tokenizer.name!r}); use --tokenizer {source}"
         )
-    parameters = dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())[0]
-        raise RunError(f"{source}: weights do not fit config.json ({odd})")
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
+    if config.tie_embeddings and "embedding.tokens.weight" in weights:  # written once
+        weights["head.weight"] = weights["embedding.tokens.weight"]
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Transformer(config).state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    if wrong := sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name)):
+        raise RunError(f"{source}: weights do not fit config.json ({wrong[0]})")
+    return weights
 
 
 def _same_architecture(there: ModelConfig, now: ModelConfig, folder: str | Path) -> None:

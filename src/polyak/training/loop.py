@@ -25,7 +25,7 @@ from polyak.rules._registry import source_of
 from polyak.training.checkpoints import Checkpoint, Checkpoints, due
 from polyak.training.distributed import World
 from polyak.training.divergence import SpikeDetector
-from polyak.training.initial import identity
+from polyak.training.initial import identity, initial_weights
 from polyak.training.journal import Journal
 from polyak.training.metrics import keep_until
 from polyak.training.run_config import RunConfig
@@ -188,7 +188,8 @@ class _Session:
         self.run_folder, self.data, self.validation = run, data, validation
         self.progress = progress
         self.stop: StopSignals | None = None
-        self.trainer = Trainer(config, data, world)
+        weights = initial_weights(config.init, config.model, data.tokenizer)
+        self.trainer = Trainer(config, data, world, weights)
         self.checkpoints = Checkpoints(
             run.checkpoints_folder, keep=self.recipe.keep_checkpoints, world=world
         )

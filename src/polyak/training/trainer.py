@@ -20,7 +20,6 @@ from polyak.training import schedules
 from polyak.training.config import TrainingConfig
 from polyak.training.distributed import World, clip_grad_norm, compile_blocks, wrap
 from polyak.training.divergence import first_bad_parameter
-from polyak.training.initial import load_initial
 from polyak.training.loss import LossModule
 from polyak.training.optimizers import Optimizers, parameter_groups
 from polyak.training.rule_check import check_rule
@@ -68,8 +67,7 @@ class Trainer:
         weights: what the model starts from, copied; drawn from the seed when left out.
 
     Raises:
-        ConfigError: the tokenizer's vocabulary is not the model's, or the initial weights are
-            those of another architecture.
+        ConfigError: the tokenizer's vocabulary is not the model's.
         DataError: the corpus is shorter than one block.
         RuleError: a user's rule fails, or returns something else than (x, state).
     """
@@ -86,12 +84,9 @@ class Trainer:
         self.world = World.start(config.device) if world is None else world
         self.device = self.world.device
         torch.manual_seed(self.recipe.seed)
-        self.model = Transformer(config.model)
+        self.model = Transformer(config.model).to(self.device)
         if weights is not None:
             self.model.load_state_dict(weights)
-        elif config.init is not None:
-            load_initial(self.model, config.init, data.tokenizer)
-        self.model.to(self.device)
         check_rule(self.model)
         self._rows = self.world.rows(self.recipe.batch_size)
         if self.recipe.compile:
