@@ -37,7 +37,7 @@ class LandscapeOptions(LandscapeConfig):
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
     ] = ()
-    """Finished runs, comparisons, or folders of runs; differences are from the first kind."""
+    """Finished runs, comparisons, or folders of runs."""
 
     def __post_init__(self) -> None:
         LandscapeConfig.__post_init__(self)

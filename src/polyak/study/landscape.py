@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from polyak.analysis.config import SharpnessConfig
 from polyak.analysis.spectrum_config import SpectrumConfig
-from polyak.errors import RunError
+from polyak.errors import RunError, unknown
 from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal, summary, token_losses
@@ -152,7 +152,7 @@ def landscape(
     """Measure runs into `config.out`, or go on where an earlier call was stopped.
 
     Args:
-        runs: finished runs, comparisons, or folders of runs; the first kind is the baseline.
+        runs: finished runs, comparisons, or folders of runs.
         config: what is measured.
         command: the command line that repeats it.
         planned: called first, with the number of measurements, how many of them are there
@@ -173,6 +173,7 @@ def landscape(
         if run["status"] != "finished":
             raise RunError(f"{run['folder']} is a run that did not finish: result.json is missing")
     results = run_report.gather(read, command=command)
+    _put_first(results, config.baseline)
     study = _Study(config, results)
     make_folder(config.out)
     with locked(config.out, "polyak study landscape"):
@@ -186,6 +187,23 @@ def landscape(
             study.write()  # whatever stops us, the page shows what is there
             raise
         return study.write()
+
+
+def _put_first(results: dict[str, Any], baseline: str | None) -> None:
+    """Make a kind of model the baseline, and the first of the entries.
+
+    Raises:
+        UnknownNameError: no kind has that name; the nearest is offered.
+    """
+    entries = results["entries"]
+    names = [entry["name"] for entry in entries]
+    if baseline is None:
+        plain = [entry["name"] for entry in entries if entry["rule"] == "gradient_descent"]
+        baseline = (plain or names)[0]
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    results["baseline"] = baseline
+    entries.sort(key=lambda entry: entry["name"] != baseline)  # stable: the others stay in order
 
 
 class _Study:

@@ -48,6 +48,9 @@ class LandscapeConfig:
     """Jacobian spectra of the `first` run of each kind (the others are repetitions), or `all`."""
     spectrum_length: int | None = None
     """Tokens of the sequence that the Jacobians are taken on; None: the model's context."""
+    baseline: str | None = None
+    """The kind of model that differences are from; None: gradient descent if there, else the
+    first."""
     seed: int = 0
     """Of every random vector and of the order of batches."""
     device: Device = "auto"
