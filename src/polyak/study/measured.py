@@ -1,22 +1,131 @@
-"""What results files of single measurements say of a run, and how they are found again."""
+"""Several runs measured one after the other into results.json and report.html, and gone on with.
+
+What `polyak sharpness` and `polyak spectrum` have in common. A run's measurement is made of parts;
+each is written as soon as it is known, so that a stopped command goes on with the next one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from polyak.errors import RunError
 from polyak.evaluation.subjects import Subject, TokenSet
-from polyak.files import read_json
+from polyak.files import locked, make_folder, read_json, write_atomic, write_json
+from polyak.study.pages import check_out
+from polyak.study.results import commit, now
+from polyak.training.runs import environment
+
+FORMAT = 1
+Found = dict[str, Any]
+Progress = Callable[[float, str], None]
+"""Called with the share of the work that is done, from 0 to 1, and with what is under way."""
 
 
-def about(subject: Subject, tokens: TokenSet) -> dict[str, Any]:
+class Measure(Protocol):
+    """Everything that is asked for about one model; goes on from `found`, saves as it goes."""
+
+    def __call__(
+        self,
+        subject: Subject,
+        tokens: TokenSet,
+        progress: Progress,
+        *,
+        found: Found | None,
+        save: Callable[[Found], None],
+    ) -> Found:
+        """Measure one model."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one command measures of every run.
+
+    Attributes:
+        kind: of the results: the command's name.
+        settings: all that the numbers depend on besides runs and tokens.
+        measure: of one run.
+        render: the page.
+        derive: what of a run follows from what was found, for results.json.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    measure: Measure
+    render: Callable[[Mapping[str, Any]], str]
+    derive: Callable[[Found], dict[str, Any]] = lambda found: {}
+
+
+def measure_runs(
+    measurement: Measurement,
+    subjects: Sequence[Subject],
+    sets: Sequence[TokenSet],
+    out: Path,
+    *,
+    command: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure runs into `out`, or go on where an earlier call with these settings stopped.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        RunError: `out` holds something else, or is in use.
+    """
+    check_out(out, measurement.kind)
+    results = _begin(measurement, subjects, sets, command)
+    make_folder(out)
+    with locked(out, f"polyak {measurement.kind}"):
+        results["runs"] = _kept(out, results)
+        for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
+            run = results["runs"][index]
+
+            def save(found: Found, run: Found = run) -> None:
+                run.update(found=found, **measurement.derive(found))
+                write_json(out / "results.json", results)
+
+            def tell(share: float, what: str, index: int = index, name: str = subject.name) -> None:
+                if progress is not None:
+                    progress((index + share) / len(subjects), f"{name}: {what}")
+
+            found = measurement.measure(subject, tokens, tell, found=run.get("found"), save=save)
+            run["status"] = "complete"
+            save(found)
+            write_atomic(out / "report.html", measurement.render(results))
+        results["status"] = "complete"
+        results["updated"] = now()
+        write_json(out / "results.json", results)
+        write_atomic(out / "report.html", measurement.render(results))
+    return results
+
+
+def _begin(
+    measurement: Measurement, subjects: Sequence[Subject], sets: Sequence[TokenSet], command: str
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": measurement.kind,
+        "status": "partial",
+        "created": now(),
+        "command": command,
+        "commit": commit(),
+        **environment(),
+        "settings": dict(measurement.settings),
+        "baseline": subjects[0].name,
+        "entries": [{"name": subject.name} for subject in subjects],
+        "runs": [_about(s, t) for s, t in zip(subjects, sets, strict=True)],
+    }
+
+
+def _about(subject: Subject, tokens: TokenSet) -> dict[str, Any]:
     """A run before anything is measured: where it is, what it is, and the tokens."""
     training = subject.settings.get("training") or {}
     model = subject.settings.get("model") or {}
@@ -45,7 +154,7 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def kept(out: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _kept(out: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs, with what an earlier start in this folder has found of them.
 
     Raises:

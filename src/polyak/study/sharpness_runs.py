@@ -13,15 +13,10 @@ from typing import Any
 
 from polyak.analysis.config import SharpnessConfig
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
-from polyak.files import locked, make_folder, write_atomic, write_json
-from polyak.study.measured import about, kept
-from polyak.study.pages import check_out
-from polyak.study.results import commit, now
+from polyak.study.measured import Measurement, measure_runs
 from polyak.study.sharpness import Found, Progress, sharpness_of
 from polyak.study.sharpness_page import render
-from polyak.training.runs import environment as this_environment
 
-FORMAT = 1
 KIND = "sharpness"
 
 
@@ -46,52 +41,13 @@ def sharpness(
     Raises:
         PolyakError: a run or corpus cannot be used, or `config.out` holds something else.
     """
-    check_out(config.out, KIND)
-    subjects = load_subjects(runs, device=config.device)
-    sets = [token_set(subject, config.corpus, tokens=config.tokens) for subject in subjects]
-    results = _begin(subjects, sets, config, command)
-    make_folder(config.out)
-    with locked(config.out, "polyak sharpness"):
-        results["runs"] = kept(config.out, results)
-        for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
-            run = results["runs"][index]
-
-            def save(found: Found, run: Found = run) -> None:
-                run["found"] = found
-                write_json(config.out / "results.json", results)
-
-            def tell(share: float, what: str, index: int = index, name: str = subject.name) -> None:
-                if progress is not None:
-                    progress((index + share) / len(subjects), f"{name}: {what}")
-
-            run["found"] = sharpness_of(
-                subject, tokens, config, tell, found=run.get("found"), save=save
-            )
-            run["status"] = "complete"
-            save(run["found"])
-            write_atomic(config.out / "report.html", render(results))
-        results["status"] = "complete"
-        results["updated"] = now()
-        write_json(config.out / "results.json", results)
-        write_atomic(config.out / "report.html", render(results))
-    return results
-
-
-def _begin(
-    subjects: Sequence[Subject], sets: Sequence[TokenSet], config: SharpnessConfig, command: str
-) -> dict[str, Any]:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SharpnessConfig)}
     del settings["out"]
-    return {
-        "format": FORMAT,
-        "kind": KIND,
-        "status": "partial",
-        "created": now(),
-        "command": command,
-        "commit": commit(),
-        **this_environment(),
-        "settings": {**settings, "rho": list(config.radii)},
-        "baseline": subjects[0].name,
-        "entries": [{"name": subject.name} for subject in subjects],
-        "runs": [about(s, t) for s, t in zip(subjects, sets, strict=True)],
-    }
+
+    def measure(subject: Subject, tokens: TokenSet, progress: Progress, **kept: Any) -> Found:
+        return sharpness_of(subject, tokens, config, progress, **kept)
+
+    subjects = load_subjects(runs, device=config.device)
+    sets = [token_set(subject, config.corpus, tokens=config.tokens) for subject in subjects]
+    asked = Measurement(KIND, {**settings, "rho": list(config.radii)}, measure, render)
+    return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)

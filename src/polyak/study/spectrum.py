@@ -27,14 +27,9 @@ from polyak.analysis.jacobian import (
 from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
-from polyak.files import locked, make_folder, write_atomic, write_json
-from polyak.study.measured import about, kept
-from polyak.study.pages import check_out
-from polyak.study.results import commit, now
-from polyak.training.runs import environment as this_environment
+from polyak.study.measured import Measurement, measure_runs
 from polyak.training.runs import peak_memory_bytes
 
-FORMAT = 1
 KIND = "spectrum"
 MAPS = {"a": "frozen", "b": "full", "c": "oracle"}
 WORK = {"a": 1.0, "b": 2.5, "c": 1.5}
@@ -66,36 +61,25 @@ def spectra(
     """
     from polyak.study.spectrum_page import render
 
-    check_out(config.out, KIND)
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SpectrumConfig)}
+    del settings["out"]
+    settings |= {"parts": list(config.chosen), "quantiles": list(config.wanted)}
+
+    def measure(subject: Subject, tokens: TokenSet, progress: Progress, **kept: Any) -> Found:
+        return spectrum_of(subject, tokens, config, progress, **kept)
+
+    def derive(found: Found) -> dict[str, Any]:
+        return {
+            "persistence": persistence_of(found),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
     subjects = load_subjects(runs, device=config.device)
     sets = [tokens_of(subject, config) for subject in subjects]
     for subject, tokens in zip(subjects, sets, strict=True):  # refused before anything is written
         _block_maps(subject, tokens, config, 0)
-    results = _begin(subjects, sets, config, command)
-    make_folder(config.out)
-    with locked(config.out, "polyak spectrum"):
-        results["runs"] = kept(config.out, results)
-        for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
-            run = results["runs"][index]
-
-            def save(found: Found, run: Found = run) -> None:
-                run["found"] = found
-                run["persistence"] = persistence_of(found)
-                write_json(config.out / "results.json", results)
-
-            def tell(share: float, what: str, index: int = index, name: str = subject.name) -> None:
-                if progress is not None:
-                    progress((index + share) / len(subjects), f"{name}: {what}")
-
-            save(spectrum_of(subject, tokens, config, tell, found=run.get("found"), save=save))
-            run["status"] = "complete"
-            run["peak_memory_bytes"] = peak_memory_bytes()
-            write_atomic(config.out / "report.html", render(results))
-        results["status"] = "complete"
-        results["updated"] = now()
-        write_json(config.out / "results.json", results)
-        write_atomic(config.out / "report.html", render(results))
-    return results
+    asked = Measurement(KIND, settings, measure, render, derive)
+    return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)
 
 
 def tokens_of(subject: Subject, config: SpectrumConfig) -> TokenSet:
@@ -113,26 +97,6 @@ def tokens_of(subject: Subject, config: SpectrumConfig) -> TokenSet:
             f"{length} tokens; ask for fewer, or a smaller --length"
         )
     return tokens
-
-
-def _begin(
-    subjects: Sequence[Subject], sets: Sequence[TokenSet], config: SpectrumConfig, command: str
-) -> dict[str, Any]:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SpectrumConfig)}
-    del settings["out"]
-    return {
-        "format": FORMAT,
-        "kind": KIND,
-        "status": "partial",
-        "created": now(),
-        "command": command,
-        "commit": commit(),
-        **this_environment(),
-        "settings": {**settings, "parts": list(config.chosen), "quantiles": list(config.wanted)},
-        "baseline": subjects[0].name,
-        "entries": [{"name": subject.name} for subject in subjects],
-        "runs": [about(s, t) for s, t in zip(subjects, sets, strict=True)],
-    }
 
 
 def _block_maps(
