@@ -50,6 +50,23 @@ MODELS: dict[str, tuple[str, dict[str, Any], Read, Repack]] = {
         weights.llama_config,
         weights.from_llama,
     ),
+    "llama 3.1": (
+        "LlamaForCausalLM",
+        {
+            **LLAMA,
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        weights.llama_config,
+        weights.from_llama,
+    ),
     "mistral": ("MistralForCausalLM", LLAMA, weights.llama_config, weights.from_llama),
     "qwen2": ("Qwen2ForCausalLM", LLAMA, weights.llama_config, weights.from_llama),
     "qwen3": (

@@ -78,7 +78,7 @@ def llama_config(config: Mapping[str, Any], **fields: Any) -> ModelConfig:
         "vocab_size": config["vocab_size"],
         "context_length": context,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": _rope_theta(config),
+        **_rope(config),
         "activation": _activation(config, "hidden_act", "silu"),
         "bias": bias,
         "qkv_bias": True if kind == "qwen2" else None,
@@ -208,17 +208,31 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in state.items() if not any(part in name for part in own)}
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
+LLAMA3 = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope: Mapping[str, Any] = {
         **(config.get("rope_scaling") or {}),
         **(config.get("rope_parameters") or {}),
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope.get("rope_theta", config.get("rope_theta") or 10000.0))
+    if kind == "llama3":
+        missing = [name for name in LLAMA3 if name not in rope]
+        if missing:
+            raise ConfigError(f"rope_scaling of type llama3 has no {missing[0]!r}")
+        return {"rope_theta": theta, "rope_scaling": tuple(rope[name] for name in LLAMA3)}
     if kind != "default":
         raise ConfigError(
             f"the model stretches its rotary positions (rope_type={kind!r}), which polyak does not"
         )
-    return float(rope.get("rope_theta", config.get("rope_theta") or 10000.0))
+    return {"rope_theta": theta}
 
 
 def _activation(config: Mapping[str, Any], name: str, default: str) -> str:

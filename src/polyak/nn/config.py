@@ -60,6 +60,9 @@ class ModelConfig:
     from an embedding. `rope`: queries and keys are turned by their position (rotary)."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths; only with positions=rope."""
+    rope_scaling: tuple[float, ...] | None = None
+    """Llama 3.1's stretch of long wavelengths (`rope_type: llama3`): factor, low and high frequency
+    factor, and the context that the model was first trained with."""
     norm: NormKind = "layer"
     """Kind of every norm, the rule's own included: LayerNorm, or RMSNorm (`rms`: no mean is
     taken off, and there is no bias)."""
@@ -142,11 +145,27 @@ class ModelConfig:
                 f"positions='rope' turns pairs of dimensions, but d_model/num_heads = "
                 f"{self.head_dim} is odd; use a d_model that is a multiple of {2 * self.num_heads}"
             )
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling)
         if self.positions == "learned" and theta != 10000.0:
             raise ConfigError(
                 f"rope_theta={theta!r} needs positions='rope', and positions are 'learned'; "
                 "set positions, or leave rope_theta out"
             )
+
+    def _check_scaling(self, scaling: Any) -> None:
+        if self.positions != "rope":
+            raise ConfigError(
+                f"rope_scaling={scaling!r} needs positions='rope'; set them, or leave it out"
+            )
+        values = tuple(scaling) if isinstance(scaling, list | tuple) else ()
+        numbers = all(isinstance(v, int | float) and 0 < v < math.inf for v in values)
+        if len(values) != 4 or not numbers or not values[1] < values[2]:
+            raise ConfigError(
+                f"rope_scaling={scaling!r} must be four numbers above 0: factor, low and high "
+                "frequency factor (low below high), first context; such as 8+1+4+8192"
+            )
+        object.__setattr__(self, "rope_scaling", tuple(map(float, values)))  # JSON has lists
 
     def _check_rule(self) -> None:
         from polyak import rules

@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.num_heads, self.causal, self.dropout = config.num_heads, config.causal, config.dropout
         self.num_kv_heads, self.head_dim = config.kv_heads, config.head_dim
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
+        self.rope_scaling = config.rope_scaling
         self.norm = norm(config)
         self.qkv = nn.Linear(d, config.qkv_width, bias=bias)
         self.q_norm = head_norm(config) if config.qk_norm else None
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         if context is not None and context.positions is not None:
             positions = context.positions
-        table = rotary_table(positions, self.head_dim, self.rope_theta, x.dtype)
+        table = rotary_table(positions, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling)
         if context is not None:
             context.rotary = table
         return table
