@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev
 
-from polyak import Transformer, rules
+from polyak import ModelConfig, Transformer, rules
 from polyak.analysis._common import math_attention
 from polyak.analysis.chain import Chain
 from polyak.analysis.jacobian import (
@@ -296,3 +297,26 @@ def test_a_block_whose_inverse_grows_beyond_arithmetic_is_a_tight_bound() -> Non
     assert found.sigma_min.kind == "upper bound"
     assert (found.sigma_min.value or math.inf) < 1e-10 * float(values[0])
     assert found.kappa.kind == "lower bound"
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+@pytest.mark.parametrize("rule", ["gradient_descent", "triple_momentum", "adam"])
+def test_other_backbones_are_measured_too(rule: str, preset: str, tiny_model: Build) -> None:
+    """Rotary positions, grouped queries and biases; an RMSNorm loses no mean direction."""
+    fields = dataclasses.asdict(ModelConfig.preset(preset))
+    shape = ("rule", "num_layers", "num_heads", "d_model", "vocab_size", "context_length")
+    kept = {k: v for k, v in fields.items() if k not in (*shape, "rule_options", "mlp_width")}
+    model = tiny_model(rule, **{**kept, "num_kv_heads": 1})
+    momentum = rule == "triple_momentum"
+    for maps in block_maps(model, ids(model)):
+        zeros = maps.full.zeros
+        assert zeros.exact == (TOKENS if momentum and preset == "gpt2" else 0)
+        assert zeros.near == (TOKENS if momentum else 0)
+        for one in parts(maps):
+            jacobian = reference(one)
+            inner = between(jacobian, one.restricted.enter, one.restricted.leave)
+            values, least = torch.linalg.svdvals(jacobian), torch.linalg.svdvals(inner)[-1]
+            found = spectrum(one, ITERATIVE)
+            close(found.sigma_max.value, values[0])
+            if found.sigma_min.kind == "value":
+                close(found.sigma_min.value, least)

@@ -7,7 +7,8 @@ v = LN_w(u) = w ∘ n with n = (u − mean u)/√(var u + eps). Whatever u does,
 
 So v moves in w ∘ {t : Σt = 0, nᵀt = 0}, the tangent space of the range of LN, d − 2 dimensions;
 Q is an orthonormal basis of it, the complement of 1/w and n/w. LN also takes the same value at u
-and u + s·1, which a map that reads x only through LN loses.
+and u + s·1, which a map that reads x only through LN loses. RMSNorm, n = u/√(mean u² + eps), takes
+no mean off: it nearly loses n/w alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from torch import Tensor
 from polyak.analysis.linear import Linear
 from polyak.errors import ConfigError
 from polyak.rules import UpdateRule
-from polyak.rules._declarations import LayerNorm
+from polyak.rules._declarations import LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
     from polyak.analysis.maps import States
 
 NULL = {torch.float64: 1e-9, torch.float32: 1e-4}
 """A gain below this, relative to a random direction's, is rounding."""
+NEAR = 0.05
+"""Below this, and with n of mean square 1 to the same extent, a stream has passed an RMSNorm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +65,16 @@ def stream_zeros(map_: Linear, states: States, after: Any, rule: UpdateRule) -> 
     """Of the full state map: two directions a token of every stream that has passed an LN.
 
     Which of the rule's norms a stream has passed is found by trying: 1/w must be a left null vector
-    of the Jacobian, to rounding.
+    of the Jacobian, to rounding; of an RMSNorm, n must have mean square 1, and n/w nearly be lost.
 
     Raises:
         ConfigError: a gain is 0, so that 1/w does not exist.
     """
-    norms = [norm for name in rule.norms if isinstance(norm := getattr(rule, name), LayerNorm)]
-    found = []
+    every = [getattr(rule, name) for name in rule.norms]
+    norms = [norm for norm in every if isinstance(norm, LayerNorm | RMSNorm)]
+    exact: list[tuple[Tensor, float]] = []
+    near: list[tuple[Tensor, float]] = []
+    streams = []
     for name, place in states.places():
         value = getattr(after, name)[0]
         for norm in norms:
@@ -77,24 +83,31 @@ def stream_zeros(map_: Linear, states: States, after: Any, rule: UpdateRule) -> 
                     f"a gain of the norm of stream {name!r} is exactly 0, and its range has no "
                     "basis of the usual kind; the spectrum of (b) is not defined for it"
                 )
-            mean, radial = _null_vectors(value, norm)
+            n, mean, radial = _null_vectors(value, norm)
             vectors = [_placed(vector, place, map_.outputs) for vector in (mean, radial)]
             gains = [_gain(map_, vector) for vector in vectors]
-            if gains[0] < NULL[value.dtype]:
-                found.append((name, place, vectors, gains))
+            if isinstance(norm, LayerNorm):
+                passed = gains[0] < NULL[value.dtype]
+            else:
+                unit = float((n.square().mean(-1) - 1).abs().max())
+                passed = unit < NEAR and gains[1] < NEAR
+            if passed:
+                streams.append(name)
+                near.append((vectors[1], gains[1]))
+                if isinstance(norm, LayerNorm):
+                    exact.append((vectors[0], gains[0]))
                 break
-    if not found:
+    if not streams:
         return Zeros()
-    left = torch.stack([vectors[kind] for kind in (0, 1) for _, _, vectors, _ in found], dim=-1)
-    count = map_.tokens * len(found)
+    left = torch.stack([vector for vector, _ in (*exact, *near)], dim=-1)
     return Zeros(
         leave=complement(left),
-        exact=count,
-        near=count,
-        exact_gain=max(gains[0] for *_, gains in found),
-        near_gain=max(gains[1] for *_, gains in found),
+        exact=map_.tokens * len(exact),
+        near=map_.tokens * len(near),
+        exact_gain=max((gain for _, gain in exact), default=0.0),
+        near_gain=max(gain for _, gain in near),
         left=left,
-        streams=tuple(name for name, *_ in found),
+        streams=tuple(streams),
     )
 
 
@@ -118,12 +131,13 @@ def complement(vectors: Tensor) -> Tensor:
     return q[..., vectors.shape[-1] :].contiguous()
 
 
-def _null_vectors(value: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
-    """1/w and n/w as unit vectors, (T, d) each, from v = w ∘ n + b."""
-    n = (value if norm.bias is None else value - norm.bias) / norm.weight
+def _null_vectors(value: Tensor, norm: LayerNorm | RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """n, and 1/w and n/w as unit vectors, (T, d) each, from v = w ∘ n + b."""
+    bias = getattr(norm, "bias", None)
+    n: Tensor = (value if bias is None else value - bias) / norm.weight
     pair = ((1 / norm.weight).expand_as(value), n / norm.weight)
     mean, radial = (vector / vector.norm(dim=-1, keepdim=True) for vector in pair)
-    return mean, radial
+    return n, mean, radial
 
 
 def _placed(vector: Tensor, place: slice, width: int) -> Tensor:
