@@ -96,7 +96,7 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
             low, high = (number(gap.get(end), wanted["places"]) for end in ("low", "high"))
             baseline = entry["name"] == results["baseline"]
             table.add_row(
-                Text(folded(entry["name"])),
+                Text(folded(entry["name"], 18)),
                 *texts,
                 str(value.get("n", 0)),
                 "baseline" if baseline else number(gap.get("mean"), wanted["places"]),
