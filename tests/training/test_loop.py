@@ -69,8 +69,9 @@ def test_the_gradient_is_that_of_the_mean_loss_however_the_batch_is_cut(
     assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), 1e-5)
     assert len(gradients) == len(expected)
     for gradient, wanted in zip(gradients, expected, strict=True):
-        # float32: sums over 64 tokens in another order
-        assert (gradient - wanted).norm() <= 2e-6 * wanted.norm() + 1e-9
+        # float32: sums over 64 tokens in another order; a scalar's nearly cancel, so that their
+        # rounding is measured by the whole gradient
+        assert (gradient - wanted).norm() <= 2e-6 * wanted.norm() + 2e-8 * norm
 
 
 def test_weights_after_several_steps_hardly_depend_on_the_micro_batch(corpus: Path) -> None:
