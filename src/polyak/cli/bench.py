@@ -180,12 +180,12 @@ def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) ->
 
 
 def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
-    table = _table("", "tokens/s", "speed", "low–high", "early ms", "late ms", "late/early")
+    table = _table("", "tokens/s", "speed", "low–high", "ms at 100", "at 900", "ratio")
     last = rows[-1]["name"]
     table.caption = (
         f"greedy, one row, a short prompt and {new_tokens} new tokens; speed relative to "
-        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}; one token's time at positions "
-        "100 and 900"
+        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}; one token's time in "
+        "milliseconds at positions 100 and 900, and the ratio of the two"
     )
     for row in rows:
         ratio, late = row["relative_speed"], row.get("late_over_early")
@@ -205,7 +205,7 @@ def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=True)
     return table
