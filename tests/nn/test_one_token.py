@@ -58,6 +58,13 @@ def test_options_hold(rule: str, fields: dict[str, Any], tiny_model: Build) -> N
     check(tiny_model(rule, **fields))
 
 
+def test_matrices_laid_out_for_one_vector_are_the_same(
+    tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyak.nn.one_token.LARGE", 1)
+    check(tiny_model("triple_momentum", bias=True))
+
+
 class Twice(UpdateRule):
     """Calls its oracle twice a step, so attention has two slots a layer."""
 

@@ -23,6 +23,8 @@ from polyak.rules import Oracle, UpdateRule
 from polyak.rules._declarations import LayerNorm
 
 Start = Callable[[Tensor, int], Tensor]
+LARGE = 1 << 18
+"""Numbers in a matrix from which on it is worth laying out for products with one vector."""
 
 
 class OneToken:
@@ -61,7 +63,7 @@ class OneToken:
                 start = _constant(stream.constant(example, config.num_heads))
             self._starts.append((stream.name, start))
         self._norm = _ReadyNorm(model.norm)
-        self._head = model.head.weight, model.head.bias
+        self._head = _in_long_runs(model.head.weight), model.head.bias
 
     @staticmethod
     def supports(model: Transformer) -> bool:
@@ -99,8 +101,8 @@ class OneToken:
 
     def _attention(self, module: Attention) -> Oracle:
         norm, shape = _ReadyNorm(module.norm), (3, 1, module.num_heads, 1, -1)
-        qkv, qkv_bias = module.qkv.weight, module.qkv.bias
-        out, out_bias = module.out.weight, module.out.bias
+        qkv, qkv_bias = _in_long_runs(module.qkv.weight), module.qkv.bias
+        out, out_bias = _in_long_runs(module.out.weight), module.out.bias
         linear, attend = F.linear, F.scaled_dot_product_attention
 
         def oracle(x: Tensor) -> Tensor:
@@ -118,13 +120,25 @@ class OneToken:
 def _mlp(module: MLP) -> Oracle:
     norm, linear = _ReadyNorm(module.norm), F.linear
     activation = getattr(module, "activation", F.gelu)
-    up, up_bias = module.up.weight, module.up.bias
-    down, down_bias = module.down.weight, module.down.bias
+    up, up_bias = _in_long_runs(module.up.weight), module.up.bias
+    down, down_bias = _in_long_runs(module.down.weight), module.down.bias
 
     def oracle(x: Tensor) -> Tensor:
         return linear(activation(linear(norm(x), up, up_bias)), down, down_bias)
 
     return oracle
+
+
+def _in_long_runs(weight: Tensor) -> Tensor:
+    """The same (out, in) matrix, its columns contiguous: a copy, made once.
+
+    A product with one vector then reads long runs of memory and adds them up, measured a third
+    faster on a CPU than dot products with rows of 768. The copy takes what some 25 tokens of a
+    124M model gain, and as much memory as the weights. Small matrices stay in the cache anyway.
+    """
+    if weight.device.type != "cpu" or weight.numel() < LARGE:
+        return weight
+    return weight.detach().t().contiguous().t()
 
 
 def _both(attention: Oracle, mlp: Oracle) -> Oracle:
