@@ -12,6 +12,7 @@ from polyak import ModelConfig, Transformer, rules
 from polyak.evaluation.decoder import Decoder
 from polyak.nn.cache import KeyValueCache
 from polyak.nn.one_token import OneToken
+from polyak.nn.presets import preset_fields
 from polyak.rules import Stream, UpdateRule, state_norm, unit_interval
 
 Build = Callable[..., Transformer]
@@ -34,6 +35,10 @@ def check(model: Transformer, atol: float = 1e-10) -> None:
         assert torch.equal(model(ids)[0], expected)
 
 
+LLAMA = preset_fields("llama", 4)
+QWEN = {**LLAMA, "num_heads": 6, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
+
+
 @pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
 @pytest.mark.parametrize("rule", rules.names())
 def test_one_row_gets_the_logits_of_the_full_forward(
@@ -41,6 +46,7 @@ def test_one_row_gets_the_logits_of_the_full_forward(
 ) -> None:
     check(tiny_model(rule, splitting=splitting))
     check(tiny_model(rule, splitting=splitting, dtype=torch.float32), 2e-4)
+    check(tiny_model(rule, splitting=splitting, **LLAMA))
 
 
 @pytest.mark.parametrize(
@@ -52,17 +58,24 @@ def test_one_row_gets_the_logits_of_the_full_forward(
         ("nesterov", {"rule_options": {"gamma": 1e-8}}),  # too small to divide by
         ("gradient_descent", {"rule_options": {"update_norm": "layer"}}),
         ("adamw", {"norm_eps": 0.1}),
+        ("gradient_descent", preset_fields("gpt2", 4)),
+        ("triple_momentum", QWEN),
+        ("triple_momentum", {**QWEN, "norm": "layer", "bias": True}),
+        ("triple_momentum", {**LLAMA, "rope_scaling": (8.0, 1.0, 4.0, 4.0)}),
+        ("nesterov", {**LLAMA, "rule_options": {"gamma": 1e-8}}),
+        ("gradient_descent", {"mlp": "gated", "bias": True, "num_kv_heads": 1}),
     ],
 )
 def test_options_hold(rule: str, fields: dict[str, Any], tiny_model: Build) -> None:
     check(tiny_model(rule, **fields))
 
 
-def test_matrices_laid_out_for_one_vector_are_the_same(
-    tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fields", [{"bias": True}, QWEN, preset_fields("gpt2", 4)])
+def test_matrices_in_blocks_are_the_same(
+    fields: dict[str, Any], tiny_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyak.nn.one_token.LARGE", 1)
-    check(tiny_model("triple_momentum", bias=True))
+    monkeypatch.setattr("polyak.nn.one_vector.LARGE", 1)
+    check(tiny_model("triple_momentum", **fields))
 
 
 class Twice(UpdateRule):
@@ -107,6 +120,7 @@ def test_what_it_does_not_know_it_does_not_take(tiny_model: Build) -> None:
     assert OneToken.supports(model)
     model.blocks[1].mlp = torch.nn.Identity()
     assert not OneToken.supports(model)
+    assert not OneToken.supports(tiny_model("gradient_descent", dtype=torch.bfloat16))
 
 
 def test_it_begins_where_the_cache_ends() -> None:
