@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers as hf
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tiny_tokenizers import KINDS, TEXTS, save_tokenizer
+from tokenizers import decoders, models
 
 from polyak.data.kept_tokenizer import KeptTokenizer
 from polyak.data.prepare import prepare
@@ -16,55 +16,10 @@ from polyak.data.tokenizer_names import read_tokenizer
 from polyak.data.tokenizers import load_tokenizer
 from polyak.errors import DataError
 
-TEXTS = ["The heavy ball rolls on, faster than 1,234 others.\n\n  Größe ≠ 世界 🙂", "a  b\tc", "x"]
-
-
-def byte_level() -> Any:
-    """Llama 3's kind: byte-level, but other word splitting and special tokens."""
-    made = hf.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(hf.Regex(r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
-    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte])
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    made.train_from_iterator(
-        TEXTS * 5,
-        trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=special),
-    )
-    return made
-
-
-def sentencepiece() -> Any:
-    """Llama 2's kind: text with ▁ for spaces, single bytes where a character is unknown."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"]
-    tokens += ["▁a", "T", "h", "e", "▁T", "he", "▁The"]
-    merges = [("▁", "a"), ("▁", "T"), ("h", "e"), ("▁T", "he")]
-    model = models.BPE(
-        {token: number for number, token in enumerate(tokens)},
-        merges,
-        unk_token="<unk>",
-        byte_fallback=True,
-        fuse_unk=True,
-    )
-    made = hf.Tokenizer(model)
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    made.add_special_tokens(["<s>", "</s>"])
-    return made
-
-
-KINDS = {"byte-level": (byte_level, "<|end_of_text|>"), "sentencepiece": (sentencepiece, "</s>")}
-
 
 @pytest.fixture(params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    build, end = KINDS[request.param]
-    build().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}))
+    save_tokenizer(request.param, tmp_path)
     return tmp_path
 
 
@@ -84,6 +39,23 @@ def test_ids_are_those_of_hugging_face_and_text_comes_back(folder: Path) -> None
         "a<|endoftext|>b"
     )
     assert ours.byte_lengths([ours.end_of_text]).tolist() == [0]
+
+
+def test_what_the_template_puts_before_a_text_is_the_prefix(folder: Path) -> None:
+    ours = read_tokenizer(folder)
+    theirs = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours.save(folder / "saved")
+    for tokenizer in (ours, load_tokenizer(folder / "saved")):
+        for text in [*TEXTS, ""]:
+            assert [*tokenizer.prefix, *tokenizer.encode(text)] == theirs.encode(text).ids
+    assert len(ours.prefix) == 1
+    assert theirs.id_to_token(ours.prefix[0]) == ours.begin_token
+    assert theirs.id_to_token(ours.end_of_text) == ours.end_token
+    plain = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.post_processor = None  # as Qwen's
+    plain.save(str(folder / "tokenizer.json"))
+    assert read_tokenizer(folder).prefix == ()
+    assert read_tokenizer(folder).begin_token == ours.end_token
 
 
 def test_the_bytes_of_its_tokens_are_the_text(folder: Path) -> None:

@@ -126,6 +126,29 @@ def test_the_likeliest_continuation_is_known_as_such(model: Transformer) -> None
         assert [greedy for _, greedy in scores] == [True, False]
 
 
+def test_texts_begin_with_the_tokenizers_prefix(model: Transformer) -> None:
+    class Beginning(ByteTokenizer):
+        prefix = (7,)
+
+    plain = HarnessModel(model, ByteTokenizer())
+    ours = HarnessModel(model, Beginning())
+    assert plain.tok_encode("ab") == [97, 98]
+    assert ours.tok_encode("ab") == [7, 97, 98]
+    assert ours.tok_encode("ab", add_special_tokens=False) == [97, 98]
+    assert (plain.prefix_token_id, ours.prefix_token_id) == (255, 7)
+    requests = [SimpleNamespace(args=pair) for pair in (("quick", " fox"), ("", "fox"))]
+    found = [value for value, _ in ours.loglikelihood(requests)]
+    expected = [
+        value
+        for value, _ in plain._loglikelihood_tokens(
+            [(("", ""), [7, *b"quick"], [*b" fox"]), (("", ""), [7], [*b"fox"])]
+        )
+    ]
+    assert found == pytest.approx(expected, abs=1e-5)
+    rolled = ours.loglikelihood_rolling([SimpleNamespace(args=("fox",))])
+    assert rolled == pytest.approx(expected[1:], abs=1e-5)
+
+
 def test_windows_score_each_token_once_and_are_the_harnesss_own() -> None:
     for count in (1, 5, 8, 9, 16, 17, 31):
         tokens = list(range(count))

@@ -158,6 +158,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
         {"mlp_width": 24},
         {"num_kv_heads": 1},
         {"qk_norm": True},
+        {"head_dim": 6},
         {"activation": "silu"},
     ],
     ids=str,

@@ -10,11 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import write_corpus
+from tiny_tokenizers import KINDS as KEPT
+from tiny_tokenizers import save_tokenizer
 
 from polyak import load_run
 from polyak.cli.main import main
+from polyak.data.tokenizer_names import read_tokenizer
 from polyak.data.tokenizers import BPETokenizer
 from polyak.errors import RunError
+from polyak.evaluation.generation import complete
+from polyak.evaluation.sampling_config import SamplingConfig
 from polyak.interop.hub_folders import read_state
 from polyak.interop.upgrade import upgrade
 from polyak.nn.rule_text import parse_rule
@@ -37,7 +42,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {**LLAMA, "sliding_window": None}),
     "qwen2": ("Qwen2", LLAMA),
-    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 8}),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16}),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -84,6 +89,38 @@ def test_a_folder_is_imported_with_identical_logits(kind: str, tmp_path: Path) -
     recorded = json.loads((tmp_path / "run/run.json").read_text())["settings"]
     assert recorded["imported"]["format"] == f"Hugging Face, {kind.partition('-')[0]}"
     assert recorded["tokenizer"]["name"] == "bpe-257"
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_llama_tokenizer_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
+    """Ids, special tokens and continuations are those of the folder that was imported."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_tokenizer(kind, folder)
+    model = theirs("llama", vocab_size=read_tokenizer(folder).vocab_size)
+    model.save_pretrained(folder)
+    assert main(["import", str(folder), str(tmp_path / "run")]) == 0
+    original = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=KEPT[kind][1]
+    )
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    ours, tokenizer = load_run(tmp_path / "run")
+    assert len(again) == len(original) == tokenizer.vocab_size
+    for text in ["The a b", KEPT[kind][1]]:
+        assert again(text).input_ids == original(text).input_ids
+    assert again.eos_token_id == original.eos_token_id == tokenizer.end_of_text
+    assert again.bos_token_id == tokenizer.prefix[0] == original("").input_ids[0]
+    written = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert written["bos_token_id"] == again.bos_token_id
+
+    config = SamplingConfig(temperature=0, max_new_tokens=12, ignore_end_of_text=True)
+    for prompt in ("The a", ""):
+        ids = torch.tensor([original(prompt).input_ids])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        assert list(complete(ours, tokenizer, [prompt], config)[0].tokens) == expected
 
 
 @every_kind
@@ -142,9 +179,8 @@ def test_imported_models_are_fitted_where_a_norm_is_wanted(kind: str, tmp_path: 
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
     ("llama", {"hidden_act": "gelu_fast"}, "hidden_act"),
-    ("llama", {"head_dim": 16}, "head_dim=16"),
     ("llama", {"attention_bias": True}, "attention_bias"),
     ("gpt2", {"activation_function": "tanh"}, "activation_function"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),

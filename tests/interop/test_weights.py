@@ -67,11 +67,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], Read, Repack]] = {
         weights.llama_config,
         weights.from_llama,
     ),
+    "llama, interpolated": (
+        "LlamaForCausalLM",
+        {
+            **LLAMA,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+        weights.llama_config,
+        weights.from_llama,
+    ),
     "mistral": ("MistralForCausalLM", LLAMA, weights.llama_config, weights.from_llama),
     "qwen2": ("Qwen2ForCausalLM", LLAMA, weights.llama_config, weights.from_llama),
     "qwen3": (
         "Qwen3ForCausalLM",
-        {**LLAMA, "head_dim": 8},
+        {**LLAMA, "head_dim": 16},
         weights.llama_config,
         weights.from_llama,
     ),
@@ -131,7 +140,6 @@ def test_a_base_model_without_its_head_serves_too() -> None:
 
 REFUSED: list[tuple[Read, dict[str, Any], str]] = [
     (weights.llama_config, {"model_type": "llava"}, "unknown model_type 'llava'"),
-    (weights.llama_config, {**LLAMA, "head_dim": 16}, "head_dim=16; polyak's has 8 only"),
     (
         weights.llama_config,
         {**LLAMA, "rope_scaling": {"rope_type": "yarn"}},

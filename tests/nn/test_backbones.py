@@ -20,11 +20,12 @@ from polyak.nn.cache import KeyValueCache
 from polyak.nn.presets import preset_fields
 from polyak.nn.rotary import rotary_table, rotate
 
-# two key-value heads, so that a group is more than one head and less than all
+# two key-value heads, so that a group is more than one head and less than all; heads that are
+# wider than d / H
 SHAPE = {"num_layers": 2, "num_heads": 4, "d_model": 16, "vocab_size": 11, "context_length": 7}
 BACKBONES: dict[str, dict[str, Any]] = {
     "gpt2": preset_fields("gpt2", 4),
-    "llama": {**preset_fields("llama", 4), "num_kv_heads": 2},
+    "llama": {**preset_fields("llama", 4), "num_kv_heads": 2, "head_dim": 6},
 }
 every_rule = pytest.mark.parametrize("rule", rules.names())
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -241,8 +242,8 @@ def test_grouped_queries_are_all_heads_with_shared_keys_and_values(build: Build)
     state = grouped.state_dict()
     for name, weight in list(state.items()):
         if name.endswith("qkv.weight"):
-            q, k, v = weight.split((16, 8, 8))
-            k, v = (part.unflatten(0, (2, 4)).repeat_interleave(2, 0) for part in (k, v))
+            q, k, v = weight.split((24, 12, 12))
+            k, v = (part.unflatten(0, (2, 6)).repeat_interleave(2, 0) for part in (k, v))
             state[name] = torch.cat((q, k.flatten(0, 1), v.flatten(0, 1)))
     every.load_state_dict(state)
     input_ids = ids(2, 7)
@@ -254,7 +255,7 @@ def test_normed_queries_and_keys_ignore_their_scale(build: Build) -> None:
     for fields, differs in (({"qk_norm": True, "norm_eps": 0.0}, False), ({}, True)):
         model, input_ids = build("gradient_descent", "llama", **fields), ids(2, 7)
         before = model(input_ids)
-        model.blocks[0].attention.qkv.weight[:24] *= 3  # queries and keys
+        model.blocks[0].attention.qkv.weight[:36] *= 3  # queries and keys
         assert ((model(input_ids) - before).abs().max() > 1e-6) == differs
 
 

@@ -41,6 +41,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"positions": "rope", "d_model": 12},
         "d_model/num_heads = 3 is odd; use a d_model that is a multiple of 8",
     ),
+    ({"positions": "rope", "head_dim": 7}, "head_dim=7 is odd; use an even one"),
+    ({"head_dim": 0}, "head_dim=0 must be a whole number of at least 1, or none"),
+    ({"positions": "rope", "rope_scaling": (-2.0,)}, "or one factor for all"),
     ({"positions": "rope", "rope_theta": 0}, "rope_theta=0 must be a number above 0"),
     ({"rope_theta": "large"}, "rope_theta='large' must be a number above 0"),
     ({"rope_theta": 5e5}, "rope_theta=500000.0 needs positions='rope'"),
@@ -138,7 +141,7 @@ def test_a_configuration_survives_json(
         rule_options={"beta": beta, "frozen": ["mu"]},
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.head_dim == head_dim
+    assert config.head_width == head_dim
 
 
 def test_presets_are_the_backbones_they_are_named_for() -> None:

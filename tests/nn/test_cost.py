@@ -60,6 +60,8 @@ def variants(rule: str) -> list[dict[str, Any]]:
         preset_fields("gpt2", 3),
         preset_fields("llama", 3),
         {"num_kv_heads": 1, "qk_norm": True, "norm": "rms", "bias": True},
+        {"num_kv_heads": 1, "qk_norm": True, "positions": "rope", "head_dim": 10},
+        {"head_dim": 3, "bias": True},
         {"positions": "rope", "qk_norm": True, "bias": True, "qkv_bias": False},
         {"mlp": "gated", "mlp_width": 10, "activation": "relu", "qkv_bias": True},
     ]

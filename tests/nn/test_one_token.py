@@ -36,7 +36,14 @@ def check(model: Transformer, atol: float = 1e-10) -> None:
 
 
 LLAMA = preset_fields("llama", 4)
-QWEN = {**LLAMA, "num_heads": 6, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
+QWEN = {
+    **LLAMA,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "qk_norm": True,
+    "qkv_bias": True,
+    "head_dim": 4,
+}
 
 
 @pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
@@ -62,6 +69,7 @@ def test_one_row_gets_the_logits_of_the_full_forward(
         ("triple_momentum", QWEN),
         ("triple_momentum", {**QWEN, "norm": "layer", "bias": True}),
         ("triple_momentum", {**LLAMA, "rope_scaling": (8.0, 1.0, 4.0, 4.0)}),
+        ("triple_momentum", {**LLAMA, "rope_scaling": (8.0,)}),
         ("nesterov", {**LLAMA, "rule_options": {"gamma": 1e-8}}),
         ("gradient_descent", {"mlp": "gated", "bias": True, "num_kv_heads": 1}),
     ],

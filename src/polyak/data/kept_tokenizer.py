@@ -2,7 +2,8 @@
 
 For models of the Llama family, whose tokenizers split words differently from GPT-2's or are no
 byte-level BPE. Such a tokenizer may normalise, so text need not come back to the last byte, and a
-long text is encoded whole. Special tokens never come out of `encode`, whatever the text spells.
+long text is encoded whole. Special tokens never come out of `encode`, whatever the text spells;
+those that the template puts before a text are its `prefix`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class KeptTokenizer(Tokenizer):
         self.name = f"kept-{self.vocab_size}"
         self.fingerprint = sha256(f"polyak kept 1 {end_of_text} {definition}".encode()).hexdigest()
         self._form = _form(json.loads(definition))
+        self.prefix = self._prefix()
+        self.end_token = self._tokens[end_of_text]
+        self.begin_token = self._tokens[self.prefix[0]] if self.prefix else self.end_token
 
     @property
     def end_of_text(self) -> int:
@@ -76,6 +80,16 @@ class KeptTokenizer(Tokenizer):
         except UnicodeEncodeError as problem:
             raise DataError("the text is not valid Unicode: unpaired surrogate") from problem
         return [np.asarray(one.ids, dtype=np.int64) for one in found]
+
+    def _prefix(self) -> tuple[int, ...]:
+        """What the template puts before a text."""
+        plain, whole = (
+            self._inner.encode("a", add_special_tokens=added).ids for added in (False, True)
+        )
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start])
+        return ()
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """See `Tokenizer.decode`; the end-of-text token reads `<|endoftext|>`."""

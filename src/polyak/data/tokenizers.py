@@ -40,12 +40,18 @@ class Tokenizer(abc.ABC):
         name: `bytes`, `gpt2`, or `bpe-N` with N tokens.
         vocab_size: Number of ids, the end-of-text token included.
         fingerprint: SHA-256 of everything that decides the ids.
+        prefix: ids that a text begins with when it is continued or scored, such as Llama's
+            beginning-of-text token; they are no part of `encode`.
+        end_token: how the end-of-text token is spelled in `tokenizer.json`.
+        begin_token: the same for the first token of `prefix`; the end-of-text token if none.
     """
 
     kind: ClassVar[str]
     name: str
     vocab_size: int
     fingerprint: str
+    prefix: tuple[int, ...] = ()
+    end_token = begin_token = END_OF_TEXT
 
     @property
     def end_of_text(self) -> int:

@@ -139,7 +139,8 @@ def generate(
     """Continue texts, all at once; pieces come as soon as their text is certain.
 
     What a row becomes depends on its prompt and seed, and on the rows beside it only through the
-    rounding of sums. An empty prompt begins a document: the model is given the end-of-text token.
+    rounding of sums. A tokenizer's `prefix` stands before every prompt. An empty prompt begins a
+    document: without a prefix, the model is given the end-of-text token.
     Of a prompt longer than the context the last tokens are read; what happens where a text grows
     beyond the context says `Decoder`. Warnings say which of these happen (see `notes`).
 
@@ -221,7 +222,9 @@ def complete(
 
 
 def _rows(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    return [ids.tolist() or [tokenizer.end_of_text] for ids in tokenizer.encode_many(prompts)]
+    """Each prompt's ids behind what the tokenizer's texts begin with."""
+    rows = [[*tokenizer.prefix, *ids.tolist()] for ids in tokenizer.encode_many(prompts)]
+    return [row or [tokenizer.end_of_text] for row in rows]
 
 
 def notes(

@@ -62,8 +62,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which also stands before texts that have no context."""
+        """The end-of-text token."""
         return self._tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before texts that have no context: what texts begin with, or end with."""
+        return (*self._tokenizer.prefix, self.eot_token_id)[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -73,9 +78,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; there are no special tokens to add."""
-        ids: list[int] = self._tokenizer.encode(string).tolist()
-        return ids
+        """Token ids, behind the tokenizer's prefix unless told not to, as in the harness's own."""
+        prefix = () if add_special_tokens is False else self._tokenizer.prefix
+        return [*prefix, *self._tokenizer.encode(string).tolist()]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
@@ -102,9 +107,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return list(zip(sums, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Σ log p of each whole text, its first token after an end-of-text token."""
+        """Σ log p of each whole text, its first token after `prefix_token_id`."""
         whole = [
-            ((" ", text), [self.eot_token_id], self.tok_encode(text))
+            ((" ", text), [self.prefix_token_id], self.tok_encode(text, add_special_tokens=False))
             for text in (request.args[0] for request in requests)
         ]
         return [value for value, _ in self._loglikelihood_tokens(whole)]

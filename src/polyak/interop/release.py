@@ -46,6 +46,8 @@ def released_names(model: Transformer) -> dict[str, str]:
     released = {**PAPER, "norm_eps": config.norm_eps, "splitting": "lie_trotter"}
     if config.kv_heads == config.num_heads:
         released["num_kv_heads"] = config.num_kv_heads
+    if config.heads_width == config.d_model:
+        released["head_dim"] = config.head_dim
     if config.hidden_width == 4 * config.d_model:
         released["mlp_width"] = config.mlp_width
     if config.qkv_bias is False:

@@ -62,7 +62,7 @@ def llama_config(config: Mapping[str, Any], **fields: Any) -> ModelConfig:
     if config.get("use_sliding_window", kind == "mistral") and window is not None:
         context = min(context, window)  # up to there, the window hides nothing
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    _must(config, "head_dim", width // heads, width // heads)
+    head_dim = config.get("head_dim")
     bias = bool(config.get("attention_bias", False))
     if bias != bool(config.get("mlp_bias", False)):
         raise ConfigError(
@@ -74,6 +74,7 @@ def llama_config(config: Mapping[str, Any], **fields: Any) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "d_model": width,
+        "head_dim": None if head_dim in (None, width // heads) else head_dim,
         "mlp_width": config["intermediate_size"],
         "vocab_size": config["vocab_size"],
         "context_length": context,
@@ -228,6 +229,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if missing:
             raise ConfigError(f"rope_scaling of type llama3 has no {missing[0]!r}")
         return {"rope_theta": theta, "rope_scaling": tuple(rope[name] for name in LLAMA3)}
+    if kind == "linear" and "factor" in rope:
+        return {"rope_theta": theta, "rope_scaling": (rope["factor"],)}
     if kind != "default":
         raise ConfigError(
             f"the model stretches its rotary positions (rope_type={kind!r}), which polyak does not"

@@ -61,8 +61,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths; only with positions=rope."""
     rope_scaling: tuple[float, ...] | None = None
-    """Llama 3.1's stretch of long wavelengths (`rope_type: llama3`): factor, low and high frequency
-    factor, and the context that the model was first trained with."""
+    """A stretch of the rotary wavelengths. Four numbers: Llama 3.1's, of long ones (`rope_type:
+    llama3`): factor, low and high frequency factor, and the first context of the model. One number:
+    of all by this factor (`linear`)."""
     norm: NormKind = "layer"
     """Kind of every norm, the rule's own included: LayerNorm, or RMSNorm (`rms`: no mean is
     taken off, and there is no bias)."""
@@ -75,6 +76,9 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Heads of keys and values, shared by groups of query heads (grouped-query attention); must
     divide num_heads. None: as many as num_heads."""
+    head_dim: int | None = None
+    """Width of an attention head, where it is not d/H (as in Qwen 3); queries then have H·head_dim
+    numbers. Matrix rules see a token as (H, d/H) all the same."""
     qk_norm: bool = False
     """Norms of each head's queries and keys, before they are turned by position."""
     mlp: MLPKind = "plain"
@@ -123,7 +127,7 @@ class ModelConfig:
             self._check_rule()  # the default needs no look-up, which would import torch
 
     def _check_backbone(self) -> None:
-        for name in ("num_kv_heads", "mlp_width"):
+        for name in ("num_kv_heads", "head_dim", "mlp_width"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and value >= 1):
@@ -140,10 +144,14 @@ class ModelConfig:
         number = isinstance(theta, int | float) and not isinstance(theta, bool)
         if not number or not 0 < theta < math.inf:
             raise ConfigError(f"rope_theta={theta!r} must be a number above 0")
-        if self.positions == "rope" and self.head_dim % 2:
+        if self.positions == "rope" and self.head_width % 2:
             raise ConfigError(
-                f"positions='rope' turns pairs of dimensions, but d_model/num_heads = "
-                f"{self.head_dim} is odd; use a d_model that is a multiple of {2 * self.num_heads}"
+                f"positions='rope' turns pairs of dimensions, but head_dim={self.head_dim} is odd; "
+                "use an even one"
+                if self.head_dim is not None
+                else f"positions='rope' turns pairs of dimensions, but d_model/num_heads = "
+                f"{self.head_width} is odd; use a d_model that is a multiple of "
+                f"{2 * self.num_heads}"
             )
         if self.rope_scaling is not None:
             self._check_scaling(self.rope_scaling)
@@ -160,10 +168,12 @@ class ModelConfig:
             )
         values = tuple(scaling) if isinstance(scaling, list | tuple) else ()
         numbers = all(isinstance(v, int | float) and 0 < v < math.inf for v in values)
-        if len(values) != 4 or not numbers or not values[1] < values[2]:
+        rising = len(values) == 4 and numbers and values[1] < values[2]
+        if not (rising or (len(values) == 1 and numbers)):
             raise ConfigError(
                 f"rope_scaling={scaling!r} must be four numbers above 0: factor, low and high "
-                "frequency factor (low below high), first context; such as 8+1+4+8192"
+                "frequency factor (low below high), first context, such as 8+1+4+8192; or one "
+                "factor for all wavelengths, such as (4,)"
             )
         object.__setattr__(self, "rope_scaling", tuple(map(float, values)))  # JSON has lists
 
@@ -180,9 +190,9 @@ class ModelConfig:
             )
 
     @property
-    def head_dim(self) -> int:
-        """D = d / H."""
-        return self.d_model // self.num_heads
+    def head_width(self) -> int:
+        """D of attention: d / H, or head_dim."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -192,7 +202,12 @@ class ModelConfig:
     @property
     def qkv_width(self) -> int:
         """(H + 2 H_kv)·D, what attention computes of a token: queries, keys and values."""
-        return (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        return (self.num_heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def heads_width(self) -> int:
+        """H·D, what the heads give to attention's output matrix."""
+        return self.num_heads * self.head_width
 
     @property
     def hidden_width(self) -> int:

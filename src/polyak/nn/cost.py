@@ -7,11 +7,11 @@ once more in backward and may skip the masked half.) The one formula torch lacks
 `baddbmm_`, is registered by `polyak.rules._cost`.
 With T the context length, d the width and V the vocabulary, one token's forward pass takes
 
-    layers · (2d(d + 2·H_kv·D) + 2d² + 4·T·d + 2m·d·w) + 2dV + the rule's own products,
+    layers · (2dD(2H + 2H_kv) + 4·T·H·D + 2m·d·w) + 2dV + the rule's own products,
 
-with H_kv heads of D dimensions for keys and values and m matrices of the MLP, of width w (in the
-paper's models 2·3d² + 2d² + 4·T·d + 16d²), and the backward pass twice that, except for the
-rule's own products, which recompute some.
+with H heads of D dimensions, H_kv of them for keys and values, and m matrices of the MLP, of width
+w (in the paper's models, H·D = d: 2·3d² + 2d² + 4·T·d + 16d²), and the backward pass twice that,
+except for the rule's own products, which recompute some.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     tables = sum(s.start == "embedding" and config.stream_start is None for s in rule.streams)
 
     def forward(keys: int) -> int:
-        oracles = 2 * _matrices(config) + 4 * keys * d
+        oracles = 2 * _matrices(config) + 4 * keys * config.heads_width
         return calls * oracles + substeps * step.forward_flops + 2 * d * config.vocab_size
 
     rule_forward, total_forward = substeps * step.forward_flops, forward(config.context_length)
@@ -129,14 +129,14 @@ def _matrices(config: ModelConfig) -> int:
     """Entries of a layer's matrices, each met once by a token."""
     d = config.d_model
     mlp = 3 if config.mlp == "gated" else 2
-    return config.qkv_width * d + d * d + mlp * d * config.hidden_width
+    return (config.qkv_width + config.heads_width) * d + mlp * d * config.hidden_width
 
 
 def _inside_oracles(config: ModelConfig) -> int:
     """Elements that attention and MLP write behind their pre-norms."""
     from polyak.rules._cost import norm_elements
 
-    heads, head_dim = config.num_heads + config.kv_heads, config.head_dim
+    heads, head_dim = config.num_heads + config.kv_heads, config.head_width
     inside = config.hidden_width * (2 if config.mlp == "gated" else 1)  # activation, product
     if config.positions == "rope":
         inside += 3 * heads * head_dim  # four half products, two half sums
@@ -169,9 +169,10 @@ def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
         "tokens": config.vocab_size * d,
         "positions": positions * d,
         "streams": tables * (config.vocab_size + positions) * d,
-        "attention": layers * ((config.qkv_width + d) * d + qkv_bias * config.qkv_width + bias * d),
+        "attention": layers
+        * ((config.qkv_width + config.heads_width) * d + qkv_bias * config.qkv_width + bias * d),
         "mlp": layers * ((up + 1) * d * width + bias * (up * width + d)),
-        "norms": (2 * layers + 1) * d * affine + config.qk_norm * 2 * layers * config.head_dim,
+        "norms": (2 * layers + 1) * d * affine + config.qk_norm * 2 * layers * config.head_width,
         "rule": substeps * sum(parameter.numel() for parameter in rule.parameters()),
         "output": 0 if config.tie_embeddings else config.vocab_size * d,
     }

@@ -13,4 +13,4 @@ def norm(config: ModelConfig) -> LayerNorm | RMSNorm:
 
 def head_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """A norm of one head's queries or keys; a bias of keys would not change the softmax."""
-    return norm_of(config.norm, config.head_dim, config.norm_eps, bias=False)
+    return norm_of(config.norm, config.head_width, config.norm_eps, bias=False)

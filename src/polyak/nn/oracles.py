@@ -31,21 +31,21 @@ class Attention(nn.Module):
     softmax(QKᵀ/√D) V per head, causal if the model is. H query heads share H_kv heads of keys
     and values, H/H_kv neighbours each; with rotary positions, queries and keys are turned, after
     their own norms where there are any. Weights qkv ((H + 2H_kv)·D, d), queries first, then keys,
-    then values; and out (d, d).
+    then values; and out (d, H·D).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, bias = config.d_model, config.bias if config.qkv_bias is None else config.qkv_bias
         self.num_heads, self.causal, self.dropout = config.num_heads, config.causal, config.dropout
-        self.num_kv_heads, self.head_dim = config.kv_heads, config.head_dim
+        self.num_kv_heads, self.head_dim = config.kv_heads, config.head_width
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.rope_scaling = config.rope_scaling
         self.norm = norm(config)
         self.qkv = nn.Linear(d, config.qkv_width, bias=bias)
         self.q_norm = head_norm(config) if config.qk_norm else None
         self.k_norm = head_norm(config) if config.qk_norm else None
-        self.out = nn.Linear(d, d, bias=config.bias)
+        self.out = nn.Linear(config.heads_width, d, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, T, d) → (B, T, d); with a context, padding is not seen and cached keys are."""

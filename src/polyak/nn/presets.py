@@ -17,6 +17,7 @@ PAPER: dict[str, Any] = {
     "mlp_width": None,
     "activation": "gelu",
     "num_kv_heads": None,
+    "head_dim": None,
     "qk_norm": False,
     "bias": False,
     "qkv_bias": None,

@@ -4,7 +4,8 @@ Dimensions i and i + D/2 of a head are the two coordinates of a point in the pla
 angle position·f_i, f_i = θ^{−2i/D}; so a query and a key meet at an angle that depends on their
 distance. Llama 3.1 (arXiv:2407.21783) turns long wavelengths λ_i = 2π/f_i more slowly, for a longer
 context than the first one, C: by 1/factor where λ_i > C/low, not at all where λ_i < C/high, and by
-(1 − s)/factor + s with s = (C/λ_i − low)/(high − low) in between.
+(1 − s)/factor + s with s = (C/λ_i − low)/(high − low) in between. Position interpolation
+(arXiv:2306.15595) turns all of them more slowly, by 1/factor.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (…, T, 1, D/2) for positions (…, T), in float32 or better.
 
-    `scaling`: factor, low, high, C, as above.
+    `scaling`: factor, low, high, C, as above; or factor alone, for interpolation.
     """
     exact = torch.promote_types(dtype, torch.float32)
     places = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device)
     slowness = theta ** (places / head_dim)
-    if scaling is not None:
+    if scaling is not None and len(scaling) == 1:
+        slowness = slowness * scaling[0]
+    elif scaling is not None:
         factor, low, high, first = scaling
         turns = first / (2 * math.pi * slowness)  # C/λ_i
         share = ((turns - low) / (high - low)).clamp(0, 1)

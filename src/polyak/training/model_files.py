@@ -79,14 +79,14 @@ def standard_values(config: ModelConfig) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for theirs, ours in STANDARD_NAMES.items()},
         "num_hidden_layers": attention_calls(config),
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
     }
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The end of text begins, ends and pads: there is no other special token."""
+    """The end of text ends and pads, and begins a text where the tokenizer has no other token."""
     end = tokenizer.end_of_text
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return {"bos_token_id": (*tokenizer.prefix, end)[0], "eos_token_id": end, "pad_token_id": end}
 
 
 def hugging_face_config(
@@ -105,20 +105,19 @@ def hugging_face_config(
     }
 
 
-def tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of `tokenizer_config.json`.
 
     `split_special_tokens`: text that spells `<|endoftext|>` is text, as in polyak's own tokenizer.
+    In one that came with a model (`kind` kept) it is the token, as where it came from.
     Padding is on the left, where generation needs it.
     """
-    from polyak.data.tokenizers import END_OF_TEXT
-
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "split_special_tokens": True,
+        "bos_token": tokenizer.begin_token,
+        "eos_token": tokenizer.end_token,
+        "pad_token": tokenizer.end_token,
+        "split_special_tokens": tokenizer.kind != "kept",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -144,7 +143,7 @@ def write_model_files(
         UnwritableError: the folder cannot be written.
     """
     write_stub(folder)
-    write_json(folder / "tokenizer_config.json", tokenizer_config(config))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(config, tokenizer))
     if config.causal:
         write_json(folder / "generation_config.json", special_ids(tokenizer))
     write_json(folder / "config.json", hugging_face_config(config, tokenizer, dtype))

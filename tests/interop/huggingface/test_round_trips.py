@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.25},
     "encoder": {"causal": False},
     "gpt2": preset_fields("gpt2", 3),
-    "llama": {**preset_fields("llama", 3), "qk_norm": True},
+    "llama": {**preset_fields("llama", 3), "qk_norm": True, "head_dim": 6},
     "llama tied": {**preset_fields("llama", 3), "tie_embeddings": True, "causal": False},
     "everything": {"tie_embeddings": False, "splitting": "simultaneous", "bias": True},
 }

@@ -23,7 +23,11 @@ from polyak.training.model_files import (
 )
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
-_DERIVED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+_DERIVED = ("num_hidden_layers", "num_key_value_heads")
+
+
+def _head_width(fields: Mapping[str, Any]) -> int:
+    return int(fields["head_dim"] or fields["d_model"] // fields["num_heads"])
 
 
 def _field(ours: str) -> property:
@@ -69,6 +73,7 @@ class PolyakConfig(PretrainedConfig):
     ) -> None:
         check_keys(ModelConfig, polyak or (), "model setting")
         fields = {**ModelConfig().to_dict(), **(polyak or {})}
+        head_dim = kwargs.pop("head_dim", None)  # a field, and written where it follows, too
         fields |= {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
         for theirs, ours in STANDARD_NAMES.items():
             value = kwargs.pop(theirs, fields[ours])
@@ -79,6 +84,8 @@ class PolyakConfig(PretrainedConfig):
                     f"{theirs}={value!r} disagrees with {ours}={fields[ours]!r} of the 'polyak' "
                     "part of this configuration; change both or neither"
                 )
+        if head_dim not in (None, _head_width(fields)):
+            fields["head_dim"] = head_dim
         for name in _DERIVED:  # they follow from the fields
             kwargs.pop(name, None)
         self.polyak, self.use_cache = fields, use_cache
@@ -110,6 +117,11 @@ class PolyakConfig(PretrainedConfig):
     def num_key_value_heads(self) -> int:
         """Heads of the keys and values to cache."""
         return int(self.polyak.get("num_kv_heads") or self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return _head_width({"head_dim": None, **self.polyak})
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the standard names."""
