@@ -97,6 +97,12 @@ def test_a_llama_tokenizer_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
     save_tokenizer(kind, folder)
+    chat = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    if kind == "byte-level":  # as older models have it, and newer ones
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": chat}))
+    else:
+        (folder / "chat_template.jinja").write_text(chat)
     model = theirs("llama", vocab_size=read_tokenizer(folder).vocab_size)
     model.save_pretrained(folder)
     assert main(["import", str(folder), str(tmp_path / "run")]) == 0
@@ -113,6 +119,8 @@ def test_a_llama_tokenizer_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "run/model/generation_config.json").read_text())
     assert written["bos_token_id"] == again.bos_token_id
 
+    said = again.apply_chat_template([{"role": "a", "content": "b"}], tokenize=False)
+    assert said == f"{again.bos_token}a: b"
     config = SamplingConfig(temperature=0, max_new_tokens=12, ignore_end_of_text=True)
     for prompt in ("The a", ""):
         ids = torch.tensor([original(prompt).input_ids])

@@ -35,6 +35,7 @@ class KeptTokenizer(Tokenizer):
     Args:
         definition: the file's content.
         end_of_text: the id that ends a document.
+        chat_template: goes with it into folders for Hugging Face.
 
     Raises:
         DataError: Hugging Face's `tokenizers` cannot read it, or it does not tell how many bytes a
@@ -43,7 +44,7 @@ class KeptTokenizer(Tokenizer):
 
     kind = "kept"
 
-    def __init__(self, definition: str, end_of_text: int) -> None:
+    def __init__(self, definition: str, end_of_text: int, chat_template: str | None = None) -> None:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
         try:
@@ -55,7 +56,7 @@ class KeptTokenizer(Tokenizer):
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.encode_special_tokens = True  # text that spells one is just text
-        self._definition, self._end = definition, end_of_text
+        self._definition, self._end, self.chat_template = definition, end_of_text, chat_template
         tokens: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
         self._tokens = {number: token for token, number in tokens.items()}
         self.vocab_size = max(self._tokens) + 1
@@ -160,7 +161,23 @@ def kept(folder: Path) -> KeptTokenizer | None:
         end = end.get("content")
     content = read_json(file, error=DataError)
     number = _number_of(content, end)
-    return None if number is None else KeptTokenizer(file.read_text(encoding="utf-8"), number)
+    if number is None:
+        return None
+    return KeptTokenizer(
+        file.read_text(encoding="utf-8"), number, _chat_template(folder, described)
+    )
+
+
+def _chat_template(folder: Path, described: dict[str, Any]) -> str | None:
+    """The default one, from a file of its own or, in older models, from `tokenizer_config.json`."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = described.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _number_of(content: Any, token: Any) -> int | None:

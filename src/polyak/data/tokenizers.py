@@ -44,6 +44,7 @@ class Tokenizer(abc.ABC):
             beginning-of-text token; they are no part of `encode`.
         end_token: how the end-of-text token is spelled in `tokenizer.json`.
         begin_token: the same for the first token of `prefix`; the end-of-text token if none.
+        chat_template: how a conversation is spelled, in Jinja, for Hugging Face; not used here.
     """
 
     kind: ClassVar[str]
@@ -52,6 +53,7 @@ class Tokenizer(abc.ABC):
     fingerprint: str
     prefix: tuple[int, ...] = ()
     end_token = begin_token = END_OF_TEXT
+    chat_template: str | None = None
 
     @property
     def end_of_text(self) -> int:
@@ -112,6 +114,8 @@ class Tokenizer(abc.ABC):
             "fingerprint": self.fingerprint,
             "tokenizers_version": version("tokenizers"),
         }
+        if self.chat_template is not None:
+            description["chat_template"] = self.chat_template
         write_atomic(folder / "tokenizer.json", self.hugging_face_json(), error=DataError)
         write_json(folder / _DESCRIPTION, description, error=DataError)
 
@@ -270,7 +274,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             from polyak.data.kept_tokenizer import KeptTokenizer
 
             definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            tokenizer = KeptTokenizer(definition, int(description["end_of_text"]))
+            chat = description.get("chat_template")
+            tokenizer = KeptTokenizer(definition, int(description["end_of_text"]), chat)
         else:
             model = read_json(folder / "tokenizer.json", error=DataError)["model"]
             vocabulary: dict[str, int] = model["vocab"]

@@ -34,6 +34,7 @@ WANTED = (
     "*.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 )

@@ -122,6 +122,7 @@ def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length,
+        **({"chat_template": chat} if (chat := tokenizer.chat_template) is not None else {}),
     }
 
 
