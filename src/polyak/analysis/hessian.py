@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -223,13 +224,14 @@ class Surface:
             self.on_work(share)
 
 
-class _Graph:
+class _Graph(ABC):
     """What is kept of one micro-batch between products."""
 
     bytes = 0
 
+    @abstractmethod
     def product(self, parts: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
-        raise NotImplementedError
+        """The matrix times a vector given in parts; `keep`: another product follows."""
 
 
 class _HessianGraph(_Graph):
