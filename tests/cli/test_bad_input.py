@@ -255,6 +255,7 @@ def test_unknown_commands_offer_the_nearest(capsys: Streams) -> None:
         ("rules", "--num-layers", ["--num-layers", "few"]),
         ("rules", "--format", ["--format", "yaml"]),
         ("bench", "rounds=0 must be at least 1", ["--rounds", "0"]),
+        ("import", "tokens=0 must be at least 1", ["best.pt", "run", "--tokens", "0"]),
         ("bench", "threads=0 must be at least 1", ["--threads", "0"]),
         ("bench", "'nestrov'; did you mean 'nesterov'?", ["--rules", "nestrov"]),
         ("bench", "--round", ["--round", "3"]),

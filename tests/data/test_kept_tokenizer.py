@@ -68,6 +68,18 @@ def test_the_bytes_of_its_tokens_are_the_text(folder: Path) -> None:
         assert [len(tokenizer.byte_strings[n]) for n in ids] == tokenizer.byte_lengths(ids).tolist()
 
 
+def test_a_token_outside_the_byte_letters_stands_for_its_text(tmp_path: Path) -> None:
+    """As in `tokenizers`; such a token is in the vocabulary, and no merge leads to it."""
+    save_tokenizer("byte-level", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    number = hf.Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True)
+    content["model"]["vocab"]["a b"] = number
+    file.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.byte_strings[number] == tokenizer.decode([number]).encode() == b"a b"
+
+
 def test_text_that_spells_a_special_token_is_just_text(folder: Path) -> None:
     ours = read_tokenizer(folder)
     for spelled in ("<|end_of_text|>", "</s>", "<s> a"):

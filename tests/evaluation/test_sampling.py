@@ -88,9 +88,11 @@ def test_distribution_is_that_of_transformers_processors() -> None:
         assert torch.equal(ours > 0, expected > 0)
 
 
-def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
+@pytest.mark.parametrize("temperature", [1e-42, 1e-50, 1e-300])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_a_tiny_temperature_is_greedy_and_not_nan(temperature: float, top_p: float | None) -> None:
     logits = torch.randn(3, V)
-    found = probabilities(logits, SamplingConfig(temperature=1e-42))
+    found = probabilities(logits, SamplingConfig(temperature=temperature, top_p=top_p))
     assert torch.equal(found.argmax(-1), logits.argmax(-1))
     assert found.max(-1).values.tolist() == [1, 1, 1]
 
@@ -178,3 +180,10 @@ def test_logits_that_are_not_finite_are_an_error(temperature: float) -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(DivergedError, match="not finite"):
             sampler(torch.tensor([[0.0, bad, 1.0]]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_overflows_is_not_said_to_be_the_models_fault(temperature: float) -> None:
+    config = SamplingConfig(temperature=temperature, repetition_penalty=1e-50)
+    with pytest.raises(ConfigError, match=r"repetition_penalty=1e-50 .* use one nearer to 1"):
+        Sampler(config, [[1]], [0], 3, CPU)(torch.tensor([[0.0, 2.0, 1.0]]))

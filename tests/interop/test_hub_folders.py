@@ -194,6 +194,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"model_type": "bloom"}, "holds a model of type 'bloom'"),
     ("gpt2", {"n_layer": None}, "num_layers=None"),
+    ("llama", {"hidden_act": "silly"}, "import: unknown hidden_act 'silly'; did you mean 'silu'?"),
+    ("llama", {"num_attention_heads": 0}, "config.json is not whole: ZeroDivisionError"),
+    ("llama", {"rope_parameters": {"rope_theta": "x"}}, "config.json is not whole: ValueError"),
+    # said without taking the memory of such a model
+    ("llama", {"vocab_size": 10**13}, "needs shape (10000000000000, 32), and is (300, 32)"),
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from interop.vectors import FOLDER, VECTORS, about, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import polyak, write_corpus
 from torch import Tensor
 
@@ -221,6 +221,11 @@ def _empty(folder: Path) -> Path:
     return folder / "best.pt"
 
 
+def _safetensors(folder: Path) -> Path:
+    save_file(weights("adam"), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
 def _changed(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         state: dict[str, Any] = weights(name)
@@ -234,6 +239,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated": (_truncated, "is damaged, or not a file of torch.save"),
     "text": (_text, "not a file of torch.save"),
     "empty": (_empty, "is damaged, or not a file of torch.save"),
+    "safetensors": (_safetensors, "name the folder"),
     "a tensor": (lambda folder: saved(folder, torch.zeros(3)), "it holds a Tensor, not weights"),
     "empty dict": (lambda folder: saved(folder, {}), "it holds a empty dict, not weights"),
     "another model": (

@@ -48,6 +48,8 @@ class ImportConfig:
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.num_heads < 1:
             raise ConfigError(f"num_heads={self.num_heads} must be at least 1")
+        if self.tokens < 1:
+            raise ConfigError(f"tokens={self.tokens} must be at least 1")
 
 
 def main(words: Sequence[str]) -> int:

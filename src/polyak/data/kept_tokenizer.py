@@ -126,8 +126,10 @@ class KeptTokenizer(Tokenizer):
         for number, token in self._tokens.items():
             if number in added:
                 strings[number] = added[number].content.encode()
-            elif self._form == "bytes":
+            elif self._form == "bytes" and byte_of.keys() >= set(token):
                 strings[number] = bytes(byte_of[letter] for letter in token)
+            elif self._form == "bytes":  # not in the letters: `tokenizers` takes it for text
+                strings[number] = token.encode()
             elif _BYTE.fullmatch(token):
                 strings[number] = bytes([int(token[3:5], 16)])
             else:

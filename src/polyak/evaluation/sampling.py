@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.errors import DivergedError
+from polyak.errors import ConfigError, DivergedError
 from polyak.evaluation.sampling_config import SamplingConfig
 
 _CHUNK = 256  # uniform numbers drawn at once for a row
@@ -45,9 +45,10 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor |
         logits, ids = logits.topk(config.top_k, dim=-1)
     elif config.top_p is not None and config.top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    # the largest is subtracted first: a tiny temperature then gives −inf, not inf
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
-    probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float64)
+    # the largest is subtracted first: a tiny temperature then gives −inf, not inf; in float64,
+    # since one that float32 does not have would be 0 there
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / config.temperature
+    probabilities = torch.softmax(scaled, dim=-1)
     if config.top_p is not None and config.top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities
         outside = before >= config.top_p
@@ -101,12 +102,20 @@ class Sampler:
 
         Raises:
             DivergedError: a logit is NaN, or the largest is infinite.
+            ConfigError: the repetition penalty makes it so.
         """
-        if self._seen is not None:
-            logits = penalise(logits, self._seen, self.config.repetition_penalty)
         highest, chosen = logits.max(dim=-1)
         if not all(map(math.isfinite, highest.tolist())):
             raise DivergedError("the model's logits are not finite; its weights are of no use")
+        if self._seen is not None:
+            penalty = self.config.repetition_penalty
+            logits = penalise(logits, self._seen, penalty)
+            highest, chosen = logits.max(dim=-1)
+            if not all(map(math.isfinite, highest.tolist())):
+                raise ConfigError(
+                    f"repetition_penalty={penalty!r} takes logits out of the range of "
+                    f"{str(logits.dtype).removeprefix('torch.')}; use one nearer to 1"
+                )
         if self.config.temperature > 0:
             probabilities, ids = candidates(logits, self.config)
             places = draw(probabilities, self._next_uniform())

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak.errors import RunError
+from polyak.errors import PolyakError, RunError
 from polyak.files import read_json
 from polyak.interop.safe_pickle import load_pickle
 from polyak.interop.weights import (
@@ -58,14 +58,16 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
         raise RunError(f"{folder} holds a model of type {kind!r}; what can be imported: {known}")
     try:
         config = gpt2_config(described) if kind == "gpt2" else llama_config(described)
-    except (KeyError, TypeError) as error:
+    except PolyakError:  # some are KeyErrors or ValueErrors, too
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise RunError(f"{folder / 'config.json'} is not whole: {error!r}") from error
     state = read_state(folder)
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"{folder}: weight {name!r} is not finite everywhere")
-    model = Transformer(config)
     ours = from_gpt2(state, config) if kind == "gpt2" else from_llama(state, config)
+    model = Transformer(config)  # once weights are known to have its size, whatever that says
     model.load_state_dict(ours)
     return model.float().eval(), described
 

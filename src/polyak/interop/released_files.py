@@ -58,6 +58,11 @@ def read(file: Path) -> Released:
     Raises:
         RunError: missing, cut short, something else, or holding code instead of weights.
     """
+    if file.suffix == ".safetensors":
+        raise RunError(
+            f"{file} is of safetensors, and a released checkpoint is of torch.save; of a model in "
+            "Hugging Face's format, name the folder"
+        )
     content = load_pickle(file)
     if not isinstance(content, Mapping) or not content:
         kind = type(content).__name__ if not isinstance(content, Mapping) else "empty dict"

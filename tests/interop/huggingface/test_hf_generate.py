@@ -157,6 +157,41 @@ def test_generation_stops_where_the_context_ends_and_says_so(tiny: Callable[...,
     one_line(caught.value)
 
 
+def test_drafts_of_an_assistant_stop_where_the_context_ends(tiny: Callable[..., Any]) -> None:
+    model, how = tiny(), {"max_new_tokens": 50, "do_sample": False, "eos_token_id": -1}
+    alone = model.generate(IDS[:1], **how)
+    assert alone.shape == (1, 8)
+    assisted = model.generate(IDS[:1], **how, assistant_model=tiny("gradient_descent"))
+    assert torch.equal(assisted, alone)
+    assert torch.equal(model.generate(IDS[:1], **how, prompt_lookup_num_tokens=3), alone)
+
+
+def test_generation_stops_at_strings(run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    inputs = tokenizer("the", return_tensors="pt")
+    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+    stop = tokenizer.decode(plain[4:5])
+    how = {"stop_strings": [stop], "tokenizer": tokenizer, "do_sample": False}
+    found = model.generate(**inputs, max_new_tokens=6, **how)[0]
+    ends = next(n for n in range(4, 10) if stop in tokenizer.decode(plain[3:n]))
+    assert found.tolist() == plain[:ends].tolist()
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(**inputs, max_new_tokens=1, colour="red")
+
+
+def test_generation_returns_hidden_states(tiny: Callable[..., Any]) -> None:
+    model = tiny()
+    how = {"return_dict_in_generate": True, "do_sample": False, "eos_token_id": -1}
+    out = model.generate(IDS, max_new_tokens=2, output_hidden_states=True, **how)
+    full = model(out.sequences[:, :-1], output_hidden_states=True).hidden_states
+    assert len(out.hidden_states) == 2
+    for part, whole in zip(out.hidden_states[1], full, strict=True):
+        assert torch.allclose(part[:, 0], whole[:, -1], atol=1e-5)
+    with pytest.raises(ConfigError, match="output_attentions=True"):
+        model.generate(IDS, max_new_tokens=1, output_attentions=True, **how)
+
+
 def test_a_stopping_criterion_of_ones_own_still_counts(tiny: Callable[..., Any]) -> None:
     from transformers import MaxLengthCriteria, StoppingCriteriaList
 

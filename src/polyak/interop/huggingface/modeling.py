@@ -113,6 +113,18 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def _prepare_generated_length(
+        self, generation_config: Any, *args: Any, input_ids_length: int, **kwargs: Any
+    ) -> Any:
+        """Up to the context's end at most: assistants would draft beyond it."""
+        found: Any = super()._prepare_generated_length(
+            generation_config, *args, input_ids_length=input_ids_length, **kwargs
+        )
+        context = self.config.max_position_embeddings
+        if input_ids_length <= context:  # a longer prompt is refused when it is read
+            found.max_length = min(found.max_length, context + 1)
+        return found
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -125,10 +137,15 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         """Arguments of `forward` for the tokens that are not cached yet.
 
-        The mask stays (B, S), whatever the cache: attention makes its own from it.
+        The mask stays (B, S), whatever the cache: attention makes its own from it. What else
+        `generate` hands over is its own, such as the tokenizer that stop strings need; it has
+        refused arguments that are not named here.
         """
         length = next_sequence_length
         if length is None and cache_position is not None:  # transformers 4
@@ -141,6 +158,8 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
         }
         if position_ids is not None:
             inputs["position_ids"] = position_ids[:, -input_ids.shape[1] :]
