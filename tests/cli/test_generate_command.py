@@ -111,6 +111,7 @@ def test_what_cannot_be_generated_is_one_line(
     cases = {
         (str(tmp_path / "missing"), *prompt): "does not exist",
         (str(tmp_path / "folder"), *prompt): "is not a run: run.json is missing",
+        (str(run / "model"), *prompt): "it is a model's folder: 'polyak import' makes a run of it",
         (str(run), "--prompt-file", str(tmp_path / "none")): "cannot read",
         (str(run), "--prompt-file", str(tmp_path / "nothing")): "is empty; write a prompt",
         (str(run), "--prompt-file", str(tmp_path / "gap")): "gap, line 2 is empty",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import write_corpus
+from tiny_runs import run_config, write_corpus
 from tiny_tokenizers import KINDS as KEPT
 from tiny_tokenizers import save_tokenizer
 
@@ -23,6 +23,7 @@ from polyak.evaluation.sampling_config import SamplingConfig
 from polyak.interop.hub_folders import read_state
 from polyak.interop.upgrade import upgrade
 from polyak.nn.rule_text import parse_rule
+from polyak.training.loop import train
 
 transformers = pytest.importorskip("transformers")
 
@@ -320,3 +321,44 @@ def test_a_run_of_polyak_needs_no_import(
     assert upgrade(model, parse_rule("heavy_ball"), lambda: torch.zeros(1, 1)).exact
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "best.pt")]) == 1
     assert "the released checkpoints have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("saved", ["shared", "save_pretrained"])
+def test_a_model_that_was_shared_is_a_run_again(saved: str, tie: bool, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "theirs"
+    settings = {"tie_embeddings": tie, "rule_options": {"beta": 0.3}}
+    train(run_config(write_corpus(tmp_path), "triple_momentum", steps=2, **settings), run)
+    if saved == "shared":
+        from polyak.interop.huggingface import share
+
+        share(run, folder)
+    else:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+        loaded.save_pretrained(folder, max_shard_size="20KB")
+        transformers.AutoTokenizer.from_pretrained(run / "model").save_pretrained(folder)
+    assert main(["import", str(folder), str(tmp_path / "again")]) == 0
+    (before, told), (after, tells) = load_run(run), load_run(tmp_path / "again")
+    assert after.config == before.config
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight)
+    text = "a b <|endoftext|> Größe"
+    assert tells.encode(text).tolist() == told.encode(text).tolist()
+    assert tells.end_of_text == told.end_of_text
+
+
+def test_a_shared_model_does_not_name_code_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(run_config(write_corpus(tmp_path), steps=2), run)
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    (run / "run.json").unlink()
+    file = run / "model/config.json"
+    content = json.loads(file.read_text())
+    content["polyak"]["rule"] = f"{trap}:Rule"
+    file.write_text(json.dumps(content))
+    assert main(["import", str(run / "model"), str(tmp_path / "again")]) == 1
+    assert "which is not one of polyak's" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()

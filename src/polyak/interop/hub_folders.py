@@ -1,4 +1,6 @@
-"""GPT-2 and Llama-family models in Hugging Face's format: a folder, or a name on the hub.
+"""Models in Hugging Face's format: GPT-2, the Llama family, and polyak's own that were shared.
+
+A folder, or a name on the hub:
 
 config.json
 model.safetensors, or its shards with model.safetensors.index.json
@@ -9,7 +11,7 @@ tokenizer.json, or vocab.json and merges.txt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,14 @@ from polyak.interop.weights import (
     LLAMA_FAMILY,
     from_gpt2,
     from_llama,
+    from_own,
     gpt2_config,
     llama_config,
 )
+from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
+from polyak.rules import names
+from polyak.training.model_files import MODEL_TYPE
 from polyak.training.runs import read_weights
 
 WANTED = (
@@ -53,11 +59,12 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
         raise RunError(f"{folder} is a run of polyak already; use it as it is")
     described = read_json(folder / "config.json")
     kind = described.get("model_type") if isinstance(described, dict) else None
-    if kind != "gpt2" and kind not in LLAMA_FAMILY:
-        known = ", ".join(("gpt2", *LLAMA_FAMILY))
+    if kind not in _READERS:
+        known = ", ".join(_READERS)
         raise RunError(f"{folder} holds a model of type {kind!r}; what can be imported: {known}")
+    read_config, repack = _READERS[kind]
     try:
-        config = gpt2_config(described) if kind == "gpt2" else llama_config(described)
+        config = read_config(described)
     except PolyakError:  # some are KeyErrors or ValueErrors, too
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -66,10 +73,28 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"{folder}: weight {name!r} is not finite everywhere")
-    ours = from_gpt2(state, config) if kind == "gpt2" else from_llama(state, config)
+    ours = repack(state, config)
     model = Transformer(config)  # once weights are known to have its size, whatever that says
     model.load_state_dict(ours)
     return model.float().eval(), described
+
+
+def _own_config(described: Mapping[str, Any]) -> ModelConfig:
+    rule = described["polyak"].get("rule")
+    if rule not in names():  # a file's code would be run, and a folder from elsewhere names it
+        raise RunError(
+            f"the model was trained with the rule {rule!r}, which is not one of polyak's; register "
+            "it under that name, or load the model with load_run where its run is"
+        )
+    return ModelConfig.from_dict(described["polyak"])
+
+
+_READERS: dict[str, tuple[Callable[..., ModelConfig], Callable[..., dict[str, Tensor]]]] = {
+    MODEL_TYPE: (_own_config, from_own),
+    "gpt2": (gpt2_config, from_gpt2),
+    **dict.fromkeys(LLAMA_FAMILY, (llama_config, from_llama)),
+}
+"""By `model_type`: what reads `config.json`, and what renames the weights."""
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

@@ -155,6 +155,18 @@ def from_llama(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     return _finish(ours, take, config, [*buffers, "rotary_emb.inv_freq"])
 
 
+def from_own(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A shared polyak model's weights: named as here; a tied output may be left out.
+
+    Raises:
+        ConfigError: a weight is missing, left over or of another shape; the first is named.
+    """
+    renamed = {"head.weight": "lm_head.weight"}
+    take = _Taker({renamed.get(name, name): tensor for name, tensor in state.items()}, "")
+    names = [name for name in _shapes(config, rules=True) if name != "head.weight"]
+    return _finish({name: take(name) for name in names}, take, config, [], rules=True)
+
+
 class _Taker:
     """Takes weights by name, with or without a prefix, and knows which are left."""
 
@@ -173,7 +185,12 @@ class _Taker:
 
 
 def _finish(
-    ours: dict[str, Tensor], take: _Taker, config: ModelConfig, buffers: list[str]
+    ours: dict[str, Tensor],
+    take: _Taker,
+    config: ModelConfig,
+    buffers: list[str],
+    *,
+    rules: bool = False,
 ) -> dict[str, Tensor]:
     """With the output matrix; every weight taken, and of the shape that the model has."""
     take.left -= set(buffers)
@@ -192,20 +209,20 @@ def _finish(
         ours["head.weight"] = take("lm_head.weight") if has_own else tokens.clone()
     if take.left:
         raise ConfigError(f"weight {min(take.left)!r} has no counterpart in a model of {config}")
-    for name, shape in _shapes(config).items():
+    for name, shape in _shapes(config, rules=rules).items():
         if name not in ours or ours[name].shape != shape:
             found = tuple(ours[name].shape) if name in ours else "missing"
             raise ConfigError(f"weight {name} needs shape {tuple(shape)}, and is {found}")
     return ours
 
 
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def _shapes(config: ModelConfig, *, rules: bool) -> dict[str, torch.Size]:
+    """Of all weights, by name; `rules`: those too that an update rule learns of its own."""
     from polyak.nn.transformer import Transformer
 
     with torch.device("meta"):
         state = Transformer(config).state_dict()
-    # what an update rule learns of its own does not come from such a file
-    own = ("streams.", ".rules.")
+    own = () if rules else ("streams.", ".rules.")
     return {name: t.shape for name, t in state.items() if not any(part in name for part in own)}
 
 

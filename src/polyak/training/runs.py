@@ -320,7 +320,9 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
 
     run, model_folder = RunFolder(Path(folder)), Path(folder) / "model"
     if not run.settings_file.exists():
-        raise RunError(f"{folder} is not a run: run.json is missing")
+        described = (run.path / "config.json").exists()
+        fix = "; it is a model's folder: 'polyak import' makes a run of it" if described else ""
+        raise RunError(f"{folder} is not a run: run.json is missing{fix}")
     if run.result() is None:
         raise RunError(f"{folder} is a run that did not finish: result.json is missing")
     config = read_model_config(model_folder)
