@@ -56,6 +56,23 @@ def test_every_option_is_explained(tmp_path: Path) -> None:
         assert text.count("(default:") + text.count("(repeatable)") >= len(options), name
 
 
+def test_switches_say_what_they_switch_off(tmp_path: Path) -> None:
+    for name in COMMANDS:
+        text = polyak(name, "--help", cwd=tmp_path, cache=tmp_path).stdout
+        assert "(default: True)" not in text, name  # beside --no-…, of the opposite
+
+
+def test_examples_are_not_wrapped_and_positions_have_names(tmp_path: Path) -> None:
+    for name in COMMANDS:
+        text = polyak(name, "--help", cwd=tmp_path, cache=tmp_path).stdout
+        head = text.split("╭")[0]
+        assert "PATH PATH" not in head, name
+        assert "STR PATH" not in head, name
+        if "examples:\n" in head:
+            lines = head.split("examples:\n")[1].rstrip().splitlines()
+            assert all(line.startswith("  ") for line in lines), name
+
+
 def test_version_and_no_command(tmp_path: Path) -> None:
     import polyak as package
 

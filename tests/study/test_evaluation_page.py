@@ -56,6 +56,18 @@ def forgotten(work: Path) -> dict[str, Any]:
     )
 
 
+def test_a_heading_is_not_folded_to_the_width_of_a_narrow_table(work: Path) -> None:
+    config = EvaluateConfig(tokens=512, device="cpu", out=work / "one")
+    run = work / "runs" / "gradient_descent"
+    results = evaluation.evaluate([run], config, command="polyak evaluate run")
+    text = as_text(evaluation.tables(results))
+    title = evaluation.title_of(results["runs"][0]["corpora"][0])
+    assert len(title) <= 80
+    assert title in text.splitlines()
+    assert "difference" not in text  # there is nothing to differ from
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def protocol(work: Path, **fields: Any) -> ForgettingConfig:
     small = {"steps": 6, "warmup": 2, "eval_tokens": 256, "out": work / "forgotten"}
     return ForgettingConfig(onto=str(work / "other"), device="cpu", **{**small, **fields})

@@ -1,12 +1,16 @@
-"""A bar with the time left where there is a terminal, and nothing where there is none."""
+"""A bar with the time left where there is a terminal, and a line now and then where there is none."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_EVERY = 20.0  # seconds between lines
 
 
 class Bar:
@@ -30,6 +34,7 @@ class Bar:
             speed_estimate_period=120,
         )
         self._task = self._bar.add_task("", total=1.0)
+        self._console, self._said = console, time.monotonic()
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -46,3 +51,6 @@ class Bar:
     def __call__(self, share: float, what: str) -> None:
         """Move it to a share from 0 to 1."""
         self._bar.update(self._task, completed=share, description=what)
+        if self._bar.disable and time.monotonic() - self._said > _EVERY:
+            self._said = time.monotonic()
+            self._console.print(f"{share:4.0%}  {what}", markup=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from polyak.cli._options import parse
 from polyak.errors import ConfigError
@@ -20,7 +22,8 @@ meanwhile.
 
 examples:
   polyak bench
-  polyak bench --what models --rules gradient_descent,triple_momentum --rounds 20
+  polyak bench --what models --rules gradient_descent,triple_momentum \\
+    --rounds 20
   polyak bench --what ops --out runs/bench
   polyak bench --what loss --vocab-size 50304
   polyak bench --what generate --num-layers 4 --num-heads 4 --d-model 128 \\
@@ -54,8 +57,13 @@ class BenchConfig:
     """Tokens that generation makes."""
     threads: int | None = None
     """CPU threads; None: torch's own choice."""
-    gpt2: bool = True
-    """Also time transformers' GPT2LMHeadModel of that shape, if transformers is installed."""
+    gpt2: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Leave out transformers' GPT2LMHeadModel of that shape.",
+            help_behavior_hint="(default: timed if transformers is installed)",
+        ),
+    ] = True
     out: Path | None = None
     """Folder for results.json."""
 
@@ -74,6 +82,7 @@ def main(words: Sequence[str]) -> int:
 
     from polyak.files import make_folder, write_json
     from polyak.study import bench, generate_bench, loss_bench
+    from polyak.study.words import plural
     from polyak.training.allocator import keep_freed_memory
     from polyak.training.runs import environment
 
@@ -94,11 +103,14 @@ def main(words: Sequence[str]) -> int:
     with bench.threads(config.threads) as count:
         results["threads"] = count
         work = "forward + backward" if config.what != "generate" else "generation"
+        batch = "" if config.what == "generate" else f"batch {config.batch_size}, "
+        load = ", ".join(f"{value:.2f}" for value in results["load_before"] or ()) or "unknown"
         console.print(
-            f"{work}, float32, {count} threads, {config.rounds} rounds, "
-            f"{config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
-            f"T={config.context_length}, batch {config.batch_size}, "
-            f"vocabulary {config.vocab_size}; load {results['load_before']}"
+            f"{work}, float32, {plural(count, 'thread')}, "
+            f"{plural(config.rounds, 'round')}, "
+            f"{plural(config.num_layers, 'layer')}, {plural(config.num_heads, 'head')}, "
+            f"d={config.d_model}, T={config.context_length}, {batch}"
+            f"vocabulary {config.vocab_size}; load {load}"
         )
         if config.what in ("all", "models"):
             results["models"] = bench.models(shape, names, config.rounds, gpt2=config.gpt2)

@@ -23,9 +23,9 @@ examples:
 class ExportConfig:
     """Which run, and which file."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """The file to write."""
     format: Literal["bare", "training"] = "bare"
     """`bare`: the state dict alone. `training`: a dict with `model`, `step` and `val_loss`."""

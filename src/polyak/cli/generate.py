@@ -49,10 +49,19 @@ class GenerateConfig(SamplingConfig):
     """Texts for each prompt; the n-th is drawn with seed + n − 1."""
     batch_size: int = 16
     """Texts made at once."""
-    stream: bool = True
-    """Show text as it is made, not when all is done."""
-    echo: bool = True
-    """Show the prompt before its continuation."""
+    stream: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Show text when all is done.", help_behavior_hint="(default: as it is made)"
+        ),
+    ] = True
+    echo: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Leave out the prompt before its continuation.",
+            help_behavior_hint="(default: shown)",
+        ),
+    ] = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: CUDA if there is one."""
     out: Path | None = None

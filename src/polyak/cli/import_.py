@@ -27,15 +27,15 @@ examples:
 class ImportConfig:
     """What is imported, and where it goes."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A checkpoint file; or a folder or hub name in Hugging Face's format."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the run."""
     rule: str | None = None
     """Rule of a released checkpoint. Default: told by its weights."""
     tokenizer: str | None = None
-    """`gpt2`, `bytes`, or a tokenizer's folder. Default: the folder's own, or the one with the
-    vocabulary's size."""
+    """`gpt2`, `bytes`, or a tokenizer's folder. Default: the folder's own; of a
+    released checkpoint, the one with its vocabulary's size."""
     num_heads: int | None = None
     """Attention heads of a released checkpoint. Default: one per 64 of its width."""
     corpus: str | None = None

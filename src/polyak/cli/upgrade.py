@@ -18,8 +18,10 @@ rule, gains are fitted on text and the loss before and after is reported.
 
 examples:
   polyak upgrade runs/mine runs/upgraded
-  polyak upgrade runs/gpt2 runs/upgraded --rule triple_momentum[stream_start=zeros]
-  polyak upgrade runs/mine runs/upgraded --rule triple_momentum[state_norm=layer]
+  polyak upgrade runs/gpt2 runs/upgraded \\
+    --rule triple_momentum[stream_start=zeros]
+  polyak upgrade runs/mine runs/upgraded \\
+    --rule triple_momentum[state_norm=layer]
   polyak upgrade runs/gpt2 runs/upgraded --rule adam --corpus ~/texts"""
 
 
@@ -27,9 +29,9 @@ examples:
 class UpgradeConfig:
     """Which model, into what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder: trained here, or imported."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the upgraded run."""
     rule: str = "triple_momentum"
     """The new rule; brackets set its options and stream_start."""

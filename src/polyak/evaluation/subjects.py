@@ -211,7 +211,10 @@ def corpus_of(subject: Subject, corpus: str | None = None, *, text_field: str = 
 def _own_corpus(subject: Subject) -> Prepared:
     config, recorded = subject.config, subject.settings.get("corpus")
     if config is None or not isinstance(recorded, dict):
-        raise RunError(f"{subject.folder} does not say which corpus it was trained on; name one")
+        raise RunError(
+            f"{subject.folder} does not say which corpus it was trained on; name "
+            "one with --corpus (--corpora in polyak evaluate)"
+        )
     prepared = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
     if prepared.fingerprint != recorded.get("fingerprint"):
         raise RunError(

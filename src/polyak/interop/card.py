@@ -173,7 +173,8 @@ def _where(environment: Mapping[str, Any], result: Mapping[str, Any]) -> dict[st
     if result.get("tokens_per_second"):
         rows["tokens a second"] = f"{result['tokens_per_second']:,.0f}"
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
-    rows["hardware"] = f"{machine['cpu']}, {machine['cores']} cores{device}"
+    cores = f"{machine['cores']} core{'s' if machine['cores'] != 1 else ''}"
+    rows["hardware"] = f"{machine['cpu']}, {cores}{device}"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     return rows
 

@@ -253,7 +253,7 @@ def _loss_table(results: Mapping[str, Any], place: int, first: Mapping[str, Any]
         "nats/token",
         "bits/byte",
         "ppl",
-        "difference",
+        *(["difference"] if len(results["runs"]) > 1 else []),
     )
     for run in results["runs"]:
         found = run["corpora"][place]
@@ -262,7 +262,7 @@ def _loss_table(results: Mapping[str, Any], place: int, first: Mapping[str, Any]
             with_error(found["loss"]),
             with_error({**found["bits_per_byte"], "se": None}),
             with_error({**found["perplexity"], "se": None}, 3),
-            "" if run is results["runs"][0] else with_error(found["difference"]),
+            *([] if run is results["runs"][0] else [with_error(found["difference"])]),
         )
     return table
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -25,10 +25,20 @@ from polyak.study.words import (
 WORDS = {"better": "below", "worse": "above", "unresolved": "unclear"}
 
 
+class _Headed(Table):
+    """A table below a line of text that may be wider than it: rich folds a title to the table."""
+
+    heading = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.heading, style="table.title")
+        yield from super().__rich_console__(console, options)
+
+
 def house_table(title: str, *columns: str) -> Table:
     """A table in the package's style: names to the left, numbers to the right."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.title_justify = "left"
+    table = _Headed(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.heading = title
     table.add_column(columns[0], no_wrap=True)  # folded already, where it means something
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)

@@ -27,4 +27,4 @@ def test_the_examples_of_the_guide_run(
     assert names["story"].startswith("the")
     assert not names["encoder"].config.polyak["causal"]
     assert names["tuned"].config.polyak == names["model"].config.polyak
-    assert "## Citation" in (tmp_path / "shared" / "mine" / "README.md").read_text()
+    assert "## Citation" in (tmp_path / "shared" / "card" / "README.md").read_text()

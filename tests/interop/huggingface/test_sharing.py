@@ -61,6 +61,8 @@ def test_the_card_holds_what_the_run_measured(run: Path) -> None:
     assert table["rule"] == "`triple_momentum`"
     assert rules.get("triple_momentum").equation in text
     assert recorded["environment"]["machine"]["cpu"] in table["hardware"]
+    count = recorded["environment"]["machine"]["cores"]
+    assert table["hardware"].endswith(" 1 core" if count == 1 else f" {count} cores")
     assert f"torch {torch.__version__}" in table["versions"]
     assert 'from_pretrained("me/mine", trust_remote_code=True)' in text
     assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
