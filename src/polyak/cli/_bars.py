@@ -1,4 +1,4 @@
-"""A bar with the time left where there is a terminal, and a line now and then where there is none."""
+"""A bar with the time left where there is a terminal, and a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+"""Long work says where it is: by a bar on a terminal, by lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from polyak.cli import _bars
+
+
+def test_without_a_terminal_a_line_appears_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(_bars.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with _bars.Bar(Console(file=out, force_terminal=False)) as bar:
+        for seconds, share in ((5, 0.1), (19, 0.2), (21, 0.25), (40, 0.5), (42, 0.75)):
+            now[0] = seconds
+            bar(share, "block 1 [a]")
+    assert out.getvalue() == " 25%  block 1 [a]\n 75%  block 1 [a]\n"
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bars, "_EVERY", -1.0)
+    out = io.StringIO()
+    with _bars.Bar(Console(file=out, force_terminal=True, width=80)) as bar:
+        bar(0.5, "block 1")
+    assert "50%" in out.getvalue()
+    assert " 50%  block 1\n" not in out.getvalue()
