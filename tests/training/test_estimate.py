@@ -212,7 +212,7 @@ from polyak.training.loss import LossModule
 from polyak.training.memory import memory
 from polyak.training.optimizers import Optimizers
 from polyak.training.run_config import RunConfig
-from polyak.training.runs import peak_memory_bytes
+from polyak.training.machine import peak_memory_bytes
 
 def train(run, steps):
     recipe = run.training

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyak.training.runs import peak_memory_bytes
+from polyak.training.machine import peak_memory_bytes
 from polyak.training.throughput import matmul_peak, memory_bytes
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
 import subprocess, sys
 held = bytearray(600 << 20)
 held[:: 4096] = b"x" * len(held[:: 4096])
-child = "from polyak.training.runs import peak_memory_bytes; print(peak_memory_bytes())"
+child = "from polyak.training.machine import peak_memory_bytes; print(peak_memory_bytes())"
 print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

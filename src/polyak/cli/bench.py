@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
     from polyak.study import bench, generate_bench, loss_bench
     from polyak.study.words import plural
     from polyak.training.allocator import keep_freed_memory
-    from polyak.training.runs import environment
+    from polyak.training.machine import environment
 
     console = Console(highlight=False)
     shape = bench.Shape(

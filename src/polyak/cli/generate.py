@@ -232,7 +232,7 @@ def _results(
 ) -> dict[str, Any]:
     import dataclasses
 
-    from polyak.training.runs import environment
+    from polyak.training.machine import environment
 
     sampling = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)}
     return {

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak import rules
 from polyak.errors import PolyakError, RunError
 from polyak.files import read_json
 from polyak.interop.safe_pickle import load_pickle
@@ -30,7 +31,6 @@ from polyak.interop.weights import (
 )
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
-from polyak.rules import names
 from polyak.training.model_files import MODEL_TYPE
 from polyak.training.runs import read_weights
 
@@ -80,13 +80,14 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
 
 
 def _own_config(described: Mapping[str, Any]) -> ModelConfig:
-    rule = described["polyak"].get("rule")
-    if rule not in names():  # a file's code would be run, and a folder from elsewhere names it
+    fields = dict(described["polyak"])
+    rule = fields.get("rule")
+    if rule not in rules.names():  # else a folder from elsewhere could name a file to run
         raise RunError(
             f"the model was trained with the rule {rule!r}, which is not one of polyak's; register "
             "it under that name, or load the model with load_run where its run is"
         )
-    return ModelConfig.from_dict(described["polyak"])
+    return ModelConfig.from_dict(fields)
 
 
 _READERS: dict[str, tuple[Callable[..., ModelConfig], Callable[..., dict[str, Tensor]]]] = {

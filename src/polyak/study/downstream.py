@@ -17,7 +17,7 @@ from polyak.study.pages import check_out
 from polyak.study.results import commit, now
 from polyak.study.table import house_table
 from polyak.study.words import folded, with_error
-from polyak.training.runs import environment
+from polyak.training.machine import environment
 
 KIND = "downstream"
 

@@ -29,7 +29,7 @@ from polyak.study.pages import check_out, environment, machine_of
 from polyak.study.results import commit, now
 from polyak.study.table import house_table
 from polyak.study.words import fixed, folded, listed, plural, with_error
-from polyak.training.runs import environment as this_environment
+from polyak.training.machine import environment as this_environment
 
 FORMAT = 1
 KIND = "evaluation"

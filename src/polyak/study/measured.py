@@ -21,7 +21,7 @@ from polyak.evaluation.subjects import Subject, TokenSet
 from polyak.files import locked, make_folder, read_json, write_atomic, write_json
 from polyak.study.pages import check_out
 from polyak.study.results import commit, now
-from polyak.training.runs import environment
+from polyak.training.machine import environment
 
 FORMAT = 1
 Found = dict[str, Any]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyak.data.batches import TrainBatches
+from polyak.data.encode import available_cores
 from polyak.data.prepare import Prepared, prepare
 from polyak.errors import ConfigError
 from polyak.files import sha256_of
@@ -26,7 +27,6 @@ from polyak.study.entries import Entry, parse_entries, widened
 from polyak.study.pool import Job
 from polyak.training.config import TrainingConfig
 from polyak.training.run_config import RunConfig
-from polyak.training.runs import available_cores
 from polyak.training.trainer import check_vocabulary, device_of, validation_set
 
 

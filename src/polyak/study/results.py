@@ -15,7 +15,8 @@ from polyak.study.entries import Entry
 from polyak.study.plan import Plan, corpus_summary, rule_hash
 from polyak.study.pool import Job
 from polyak.study.verdict import complete
-from polyak.training.runs import RunFolder, environment
+from polyak.training.machine import environment
+from polyak.training.runs import RunFolder
 
 FORMAT = 1
 

@@ -21,8 +21,8 @@ from polyak.study.pages import check_out, environment, machine_of
 from polyak.study.results import commit, mean_scalars, now
 from polyak.study.run_rows import read_run
 from polyak.study.words import fixed, listed, plural
+from polyak.training.machine import environment as this_environment
 from polyak.training.run_folders import find_runs, short_names
-from polyak.training.runs import environment as this_environment
 
 FORMAT = 1
 KIND = "runs"

@@ -27,7 +27,7 @@ from polyak.analysis.scale import scaled, scales
 from polyak.analysis.trace import trace
 from polyak.errors import ConfigError
 from polyak.evaluation.subjects import Subject, TokenSet
-from polyak.training.runs import peak_memory_bytes
+from polyak.training.machine import peak_memory_bytes
 
 STARTS = 2
 """Top eigenvectors from which the ascent of the loss starts, in both signs."""

@@ -28,7 +28,7 @@ from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.study.measured import Measurement, measure_runs
-from polyak.training.runs import peak_memory_bytes
+from polyak.training.machine import peak_memory_bytes
 
 KIND = "spectrum"
 MAPS = {"a": "frozen", "b": "full", "c": "oracle"}

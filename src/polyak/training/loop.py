@@ -27,9 +27,10 @@ from polyak.training.distributed import World
 from polyak.training.divergence import SpikeDetector
 from polyak.training.initial import identity, initial_weights
 from polyak.training.journal import Journal
+from polyak.training.machine import peak_memory_bytes
 from polyak.training.metrics import keep_until
 from polyak.training.run_config import RunConfig
-from polyak.training.runs import RunFolder, peak_memory_bytes, save_model
+from polyak.training.runs import RunFolder, save_model
 from polyak.training.sam import uses_sam
 from polyak.training.signals import StopSignals
 from polyak.training.throughput import matmul_peak, memory_bytes

@@ -9,10 +9,7 @@ result.json     how the run ended; written last, so a run without it did not fin
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.errors import RunError, UnwritableError
 from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
+from polyak.training.machine import environment
 from polyak.training.metrics import rows_of
 
 if TYPE_CHECKING:
@@ -199,83 +197,6 @@ def _differences(recorded: Any, wanted: Any, name: str = "") -> Iterator[tuple[s
             )
     elif recorded != wanted:
         yield name, recorded, wanted
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware of this process."""
-    from importlib.metadata import version
-
-    import numpy
-    import torch
-
-    import polyak
-
-    return {
-        "versions": {
-            "polyak": polyak.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "tokenizers": version("tokenizers"),
-        },
-        "machine": machine(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, system and accelerator."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "cpu": _cpu_name(),
-        "cores": available_cores(),
-        "memory_bytes": _memory_bytes(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-    }
-
-
-def available_cores() -> int:
-    """Cores this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def peak_memory_bytes() -> int | None:
-    """Largest memory this process has held: allocated on CUDA, else resident; None if unknown."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    # On Linux not getrusage: a process inherits what its parent held when it was started.
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, world: World) -> None:

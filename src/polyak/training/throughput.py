@@ -78,7 +78,7 @@ def _finish(device: torch.device) -> None:
 def memory_bytes(device: torch.device | None = None) -> int | None:
     """Memory held now: allocated by tensors on a CUDA device, else resident; None if unknown.
 
-    `polyak.training.runs.peak_memory_bytes` is the largest so far.
+    `polyak.training.machine.peak_memory_bytes` is the largest so far.
     """
     if device is not None and device.type == "cuda":
         return torch.cuda.memory_allocated(device)
