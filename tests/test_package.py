@@ -33,7 +33,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_importing_polyak_imports_no_torch() -> None:
     program = (
-        "import sys, polyak, polyak.study.config, polyak.training.run_config\n"
+        "import sys, polyak, polyak.compare.config, polyak.training.config.run\n"
         "polyak.ModelConfig()\n"
         "print('torch' in sys.modules, 'tyro' in sys.modules)"
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak import ModelConfig
-from polyak.training.config import TrainingConfig
-from polyak.training.run_config import RunConfig
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
 
 MODEL = {"num_layers": 1, "num_heads": 2, "d_model": 16, "context_length": 16}
 TRAINING = {"batch_size": 4, "eval_tokens": 256, "eval_every": 2}

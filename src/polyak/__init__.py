@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.errors import PolyakError
 from polyak.nn.config import ModelConfig
+from polyak.version import __version__
 
 if TYPE_CHECKING:
     from polyak.nn.transformer import Transformer
-    from polyak.training.runs import load_run
+    from polyak.training.runs.folder import load_run
 
-__version__ = "0.1.0"
+
 __all__ = ["ModelConfig", "PolyakError", "Transformer", "__version__", "load_run"]
 
 
@@ -28,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return Transformer
     if name == "load_run":
-        from polyak.training.runs import load_run
+        from polyak.training.runs.folder import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,12 +16,12 @@ from polyak import Transformer, rules
 from polyak.analysis.ascent import rises
 from polyak.analysis.density import density
 from polyak.analysis.hessian import Surface, dense
-from polyak.analysis.intervals import needed, two_stage
 from polyak.analysis.lanczos import extremes, quadrature
 from polyak.analysis.landscape import direction, slice_1d, slice_2d
 from polyak.analysis.scale import scaled, scales
 from polyak.analysis.trace import signs, trace
 from polyak.errors import ConfigError
+from polyak.statistics.intervals import needed, two_stage
 
 Build = Callable[..., Transformer]
 Surfaces = Callable[..., Surface]

@@ -162,7 +162,7 @@ def test_a_worker_that_is_killed_is_one_failed_run(
         TWIN + "\nclass Dies(UpdateRule):\n"
         "    def step(self, x, state, oracle):\n"
         "        import os, sys\n"
-        "        if 'polyak.study.worker' in sys.modules or 'worker' in sys.argv[0]:\n"
+        "        if 'polyak.compare.worker' in sys.modules or 'worker' in sys.argv[0]:\n"
         "            os.kill(os.getpid(), 9)\n"
         "        return x + oracle(x), state\n"
     )

@@ -18,8 +18,8 @@ from tiny_runs import command, environment, run_config
 from polyak.analysis.hessian import Surface, dense
 from polyak.cli.main import main
 from polyak.evaluation.subjects import load_subject, token_set
-from polyak.study.sharpness_page import tables
-from polyak.study.table import as_text
+from polyak.report.tables import as_text
+from polyak.study.sharpness.page import tables
 from polyak.training.loop import train
 
 Streams = pytest.CaptureFixture[str]

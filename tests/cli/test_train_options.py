@@ -15,7 +15,7 @@ from tiny_runs import SETTINGS, TWIN, polyak
 
 from polyak.cli.main import main
 from polyak.errors import ConfigError
-from polyak.training import recipes
+from polyak.training.config import recipes
 from polyak.training.train_config import TrainOptions, resolve
 
 Streams = pytest.CaptureFixture[str]

@@ -15,8 +15,8 @@ import pytest
 from mounts import mounted
 from tiny_runs import SETTINGS, TWIN, command, environment, polyak, write_corpus
 
-from polyak.training.checkpoints import Checkpoints
-from polyak.training.distributed import World
+from polyak.training.processes.distributed import World
+from polyak.training.runs.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 

@@ -18,8 +18,8 @@ import tokenizers as hugging_face
 
 from polyak.data.byte_level import byte_letters
 from polyak.data.prepare import open_prepared, prepare
-from polyak.data.tokenizer_names import parse_name, read_tokenizer
-from polyak.data.tokenizers import END_OF_TEXT, BPETokenizer, load_tokenizer
+from polyak.data.tokenizer_names import load_tokenizer, parse_name, read_tokenizer
+from polyak.data.tokenizers import END_OF_TEXT, BPETokenizer
 from polyak.errors import ConfigError, DataError
 
 

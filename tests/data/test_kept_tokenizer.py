@@ -12,8 +12,7 @@ from tokenizers import decoders, models
 
 from polyak.data.kept_tokenizer import KeptTokenizer
 from polyak.data.prepare import prepare
-from polyak.data.tokenizer_names import read_tokenizer
-from polyak.data.tokenizers import load_tokenizer
+from polyak.data.tokenizer_names import load_tokenizer, read_tokenizer
 from polyak.errors import DataError
 
 

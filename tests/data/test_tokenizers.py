@@ -15,14 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak.data.byte_level import pieces
-from polyak.data.tokenizer_names import parse_name
-from polyak.data.tokenizers import (
-    END_OF_TEXT,
-    BPETokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from polyak.data.tokenizer_names import load_tokenizer, parse_name
+from polyak.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, DataError
 
 TRAINING = [

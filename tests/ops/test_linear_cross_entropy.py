@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyak import ops
+from polyak.bench.timing import interleave, peak_bytes, threads
 from polyak.errors import ConfigError
 from polyak.ops import linear_cross_entropy, linear_cross_entropy_reference
 from polyak.ops.linear_cross_entropy import Method, _chunks, tokens_per_chunk
-from polyak.study.bench import interleave, peak_bytes, threads
 
 TOKENS, VOCABULARY, WIDTH = 2048, 50_304, 384
 """The size that the memory and time of the loss are judged at."""

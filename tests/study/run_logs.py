@@ -8,8 +8,8 @@ from typing import Any
 
 from polyak import ModelConfig
 from polyak.files import write_json
-from polyak.training.config import TrainingConfig
-from polyak.training.metrics import MetricsLog
+from polyak.training.config.training import TrainingConfig
+from polyak.training.runs.metrics import MetricsLog
 
 LAYERS, TOKENS = 3, 512
 

@@ -11,10 +11,11 @@ from tiny_runs import run_config, write_corpus
 
 from polyak.errors import ConfigError, RunError
 from polyak.evaluation.config import EvaluateConfig, ForgettingConfig, corpora_of
-from polyak.study import evaluation, forgetting
-from polyak.study.table import as_text
+from polyak.report.tables import as_text
+from polyak.study.evaluation import measure as evaluation
+from polyak.study.forgetting import measure as forgetting
 from polyak.training.loop import train
-from tests.study.pages import Page, check_figures_in_browser, check_in_browser, check_text
+from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from polyak.analysis.hessian import Surface
 from polyak.cli.main import main
 from polyak.errors import RunError
 from polyak.evaluation.subjects import load_subject, token_set
-from polyak.study.landscape import landscape
-from polyak.study.landscape_config import LandscapeConfig
-from polyak.study.landscape_page import render, tables
-from polyak.study.landscape_results import number, sentence, table_of
-from polyak.study.table import as_text
+from polyak.report.tables import as_text
+from polyak.study.landscape.config import LandscapeConfig
+from polyak.study.landscape.measure import landscape
+from polyak.study.landscape.page import render, tables
+from polyak.study.landscape.results import number, sentence, table_of
 from polyak.training.loop import train
-from tests.study.pages import Page, check_figures_in_browser, check_in_browser, check_text
+from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
 RULES = ("adam", "gradient_descent", "triple_momentum")
 SEEDS = (0, 1)

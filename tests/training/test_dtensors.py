@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from polyak import ModelConfig, Transformer
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.dtensors import is_sharded, shard_like
 from polyak.training.optimizers import Optimizers
 from polyak.training.sam import gradient_norm, perturbed

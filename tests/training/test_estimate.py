@@ -16,12 +16,13 @@ import torch
 from tiny_runs import run_config
 
 from polyak import ModelConfig, Transformer, rules
+from polyak.bench.timing import peak_bytes
 from polyak.errors import ConfigError, DataError, PolyakError, RuleError, UnknownNameError
 from polyak.nn.cost import cost
 from polyak.ops import inverse_sqrt
 from polyak.rules import UpdateRule
-from polyak.study.bench import peak_bytes
-from polyak.training.config import TrainingConfig
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.estimate import (
     Processes,
     check_memory,
@@ -33,7 +34,6 @@ from polyak.training.estimate import (
 from polyak.training.loss import LossModule
 from polyak.training.memory import memory
 from polyak.training.optimizers import Optimizers
-from polyak.training.run_config import RunConfig
 from polyak.training.sam import perturbed
 from polyak.training.trainer import precision
 
@@ -211,7 +211,7 @@ from polyak import Transformer
 from polyak.training.loss import LossModule
 from polyak.training.memory import memory
 from polyak.training.optimizers import Optimizers
-from polyak.training.run_config import RunConfig
+from polyak.training.config.run import RunConfig
 from polyak.training.machine import peak_memory_bytes
 
 def train(run, steps):

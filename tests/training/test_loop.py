@@ -19,10 +19,10 @@ from polyak import ModelConfig, Transformer, load_run
 from polyak.data.prepare import Prepared, prepare
 from polyak.errors import ConfigError, DivergedError, PolyakError, RuleError
 from polyak.rules import UpdateRule
-from polyak.training.config import TrainingConfig
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.loop import run_settings, train
-from polyak.training.run_config import RunConfig
-from polyak.training.runs import RunFolder
+from polyak.training.runs.folder import RunFolder
 from polyak.training.trainer import (
     Trainer,
     device_of,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polyak import ModelConfig, Transformer, rules
 from polyak.errors import ConfigError, RuleError
 from polyak.rules import UpdateRule
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.optimizers import Muon, Optimizers, check_groups, parameter_groups
 
 SIZE = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from polyak import ModelConfig, Transformer
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.sam import gradient_norm, perturbed, uses_sam
 
 SIZE = {"num_layers": 2, "num_heads": 2, "d_model": 6, "vocab_size": 11, "context_length": 5}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.schedules import factor, in_decay
 
 fractions = st.floats(0, 1)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from polyak.analysis.hessian import Operator
-from polyak.analysis.intervals import student
 from polyak.analysis.lanczos import Array, quadrature
 from polyak.analysis.trace import signs
 from polyak.errors import ConfigError
+from polyak.statistics.intervals import student
 
 MOMENTS = 4
 POINTS = 401

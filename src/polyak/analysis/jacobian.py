@@ -24,13 +24,13 @@ from torch import Tensor
 from polyak.analysis import estimates, quantiles
 from polyak.analysis.chain import Chain
 from polyak.analysis.estimates import Estimate, persistence
-from polyak.analysis.intervals import student
 from polyak.analysis.inverse import Inverse
 from polyak.analysis.lanczos import Ends, extremes
 from polyak.analysis.linear import Linear
 from polyak.analysis.maps import BlockMaps, Map, block_maps, product
 from polyak.analysis.quantiles import Quantile
 from polyak.errors import ConfigError
+from polyak.statistics.intervals import student
 
 __all__ = [
     "BlockMaps",

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from polyak.analysis.hessian import Operator
-from polyak.analysis.intervals import FEWEST, Interval, needed, two_stage
 from polyak.errors import ConfigError
+from polyak.statistics.intervals import FEWEST, Interval, needed, two_stage
 
 PILOT = 20
 """Probes that choose how many follow."""

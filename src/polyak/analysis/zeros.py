@@ -14,18 +14,16 @@ no mean off: it nearly loses n/w alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak.analysis.linear import Linear
+from polyak.analysis.states import States
 from polyak.errors import ConfigError
 from polyak.rules import UpdateRule
-from polyak.rules._declarations import LayerNorm, RMSNorm
-
-if TYPE_CHECKING:
-    from polyak.analysis.maps import States
+from polyak.rules._norms import LayerNorm, RMSNorm
 
 NULL = {torch.float64: 1e-9, torch.float32: 1e-4}
 """A gain below this, relative to a random direction's, is rounding."""

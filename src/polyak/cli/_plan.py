@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polyak.training import recipes
+from polyak.training.config import recipes
 from polyak.training.estimate import (
     Estimate,
     Processes,
@@ -22,7 +22,7 @@ from polyak.training.estimate import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from polyak.training.run_config import RunConfig
+    from polyak.training.config.run import RunConfig
     from polyak.training.train_config import TrainOptions
 
 OVERHEAD = 1.35

@@ -80,14 +80,18 @@ def main(words: Sequence[str]) -> int:
     config = parse(BenchConfig, "bench", words, DESCRIPTION)
     from rich.console import Console
 
+    from polyak.bench.generation import generation
+    from polyak.bench.loss import losses
+    from polyak.bench.models import Shape, default_rules, models
+    from polyak.bench.ops import kernels
+    from polyak.bench.timing import load, threads
     from polyak.files import make_folder, write_json
-    from polyak.study import bench, generate_bench, loss_bench
-    from polyak.study.words import plural
-    from polyak.training.allocator import keep_freed_memory
     from polyak.training.machine import environment
+    from polyak.training.processes.allocator import keep_freed_memory
+    from polyak.words import plural
 
     console = Console(highlight=False)
-    shape = bench.Shape(
+    shape = Shape(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         d_model=config.d_model,
@@ -96,43 +100,41 @@ def main(words: Sequence[str]) -> int:
         vocab_size=config.vocab_size,
     )
     keep_freed_memory()
-    names = tuple(config.rules.split(",")) if config.rules else bench.default_rules()
+    names = tuple(config.rules.split(",")) if config.rules else default_rules()
     for name in names:
         shape.config(name)  # wrong sizes or names end here, before anything is timed
-    results: dict[str, Any] = {"kind": "bench", "load_before": bench.load(), **environment()}
-    with bench.threads(config.threads) as count:
+    results: dict[str, Any] = {"kind": "bench", "load_before": load(), **environment()}
+    with threads(config.threads) as count:
         results["threads"] = count
         work = "forward + backward" if config.what != "generate" else "generation"
         batch = "" if config.what == "generate" else f"batch {config.batch_size}, "
-        load = ", ".join(f"{value:.2f}" for value in results["load_before"] or ()) or "unknown"
+        loads = ", ".join(f"{value:.2f}" for value in results["load_before"] or ()) or "unknown"
         console.print(
             f"{work}, float32, {plural(count, 'thread')}, "
             f"{plural(config.rounds, 'round')}, "
             f"{plural(config.num_layers, 'layer')}, {plural(config.num_heads, 'head')}, "
             f"d={config.d_model}, T={config.context_length}, {batch}"
-            f"vocabulary {config.vocab_size}; load {load}"
+            f"vocabulary {config.vocab_size}; load {loads}"
         )
         if config.what in ("all", "models"):
-            results["models"] = bench.models(shape, names, config.rounds, gpt2=config.gpt2)
+            results["models"] = models(shape, names, config.rounds, gpt2=config.gpt2)
             console.print(_model_table(results["models"], names[0]))
         if config.what in ("all", "ops"):
             tokens = config.batch_size * config.context_length
-            results["ops"] = bench.kernels(
+            results["ops"] = kernels(
                 tokens, config.num_heads, config.d_model // config.num_heads, config.rounds
             )
             console.print(_op_table(results["ops"], tokens))
         if config.what in ("all", "loss"):
             tokens = config.batch_size * config.context_length
-            results["loss"] = loss_bench.losses(
-                tokens, config.vocab_size, config.d_model, config.rounds
-            )
+            results["loss"] = losses(tokens, config.vocab_size, config.d_model, config.rounds)
             console.print(_loss_table(results["loss"], tokens, config.vocab_size))
         if config.what == "generate":
-            results["generate"] = generate_bench.generation(
+            results["generate"] = generation(
                 shape, names, config.rounds, config.new_tokens, gpt2=config.gpt2
             )
             console.print(_generate_table(results["generate"], config.new_tokens))
-    results["load_after"] = bench.load()
+    results["load_after"] = load()
     if config.out is not None:
         write_json(make_folder(config.out) / "results.json", results)
     return 0

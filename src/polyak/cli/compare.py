@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.cli._options import parse
-from polyak.study.config import CompareConfig
+from polyak.compare.config import CompareConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from polyak.study.plan import Plan
-    from polyak.study.pool import Job, Message
+    from polyak.compare.plan import Plan
+    from polyak.compare.pool import Job, Message
 
 DESCRIPTION = """Train update rules side by side on the same batches and report, with
 intervals, how they compare as language models. Started again with the same
@@ -36,8 +36,8 @@ def main(words: Sequence[str]) -> int:
     config = parse(CompareConfig, "compare", words, DESCRIPTION)
     from rich.console import Console
 
-    from polyak.study.compare import compare
-    from polyak.study.table import print_table
+    from polyak.compare.run import compare
+    from polyak.compare.table import print_table
 
     console = Console(markup=False)  # square brackets are part of entries' names
     display = TerminalDisplay(console)

@@ -71,13 +71,14 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.cli._bars import Bar
-    from polyak.study.evaluation import evaluate, tables
+    from polyak.study.evaluation.measure import evaluate
+    from polyak.study.evaluation.page import tables
 
     console = Console(markup=False, highlight=False)
     command = shlex.join(["polyak", "evaluate", *words])
     if config.tasks is not None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets
-        from polyak.study import downstream
+        from polyak.study.evaluation import downstream
 
         results = downstream.downstream(
             config.runs,

@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(ExportConfig, "export", words, DESCRIPTION)
     from polyak.interop.released_files import write
-    from polyak.training.runs import RunFolder, load_run
+    from polyak.training.runs.folder import RunFolder, load_run
 
     model, _ = load_run(config.run)
     result = RunFolder(config.run).result() or {}

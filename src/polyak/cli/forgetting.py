@@ -50,7 +50,8 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.cli._bars import Bar
-    from polyak.study.forgetting import forgetting, tables
+    from polyak.study.forgetting.measure import forgetting
+    from polyak.study.forgetting.page import tables
 
     console = Console(markup=False, highlight=False)
     command = shlex.join(["polyak", "forgetting", *words])

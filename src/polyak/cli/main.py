@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
-        from polyak import __version__
+        from polyak.version import __version__
 
         print(f"polyak {__version__}")
         return 0

@@ -189,7 +189,7 @@ def _bench(config: PrepareConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from polyak.data import bench
+    from polyak.bench import data as bench
     from polyak.files import make_folder, write_json
 
     console = Console(highlight=False)

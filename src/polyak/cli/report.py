@@ -44,7 +44,7 @@ class ReportConfig:
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(ReportConfig, "report", words, DESCRIPTION)
-    from polyak.study.run_report import report, sentence
+    from polyak.study.runs.page import report, sentence
 
     results = report(config.runs, config.out, command=shlex.join(["polyak", "report", *words]))
     print(sentence(results))

@@ -49,8 +49,8 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.cli._bars import Bar
-    from polyak.study.sharpness_page import tables
-    from polyak.study.sharpness_runs import sharpness
+    from polyak.study.sharpness.page import tables
+    from polyak.study.sharpness.runs import sharpness
 
     console = Console(markup=False, highlight=False)
     command = shlex.join(["polyak", "sharpness", *words])

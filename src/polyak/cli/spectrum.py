@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.cli._bars import Bar
-    from polyak.study.spectrum import spectra
-    from polyak.study.spectrum_page import tables
+    from polyak.study.spectrum.measure import spectra
+    from polyak.study.spectrum.page import tables
 
     console = Console(markup=False, highlight=False)
     command = shlex.join(["polyak", "spectrum", *words])

@@ -13,7 +13,7 @@ import tyro
 
 from polyak.cli._options import parse
 from polyak.errors import ConfigError, unknown
-from polyak.study.landscape_config import LandscapeConfig
+from polyak.study.landscape.config import LandscapeConfig
 
 STUDIES = {"landscape": "losses, sharpness, forgetting and Jacobian spectra of several runs"}
 
@@ -71,9 +71,9 @@ def _landscape(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from polyak.cli._bars import Bar
-    from polyak.study.landscape import landscape
-    from polyak.study.landscape_page import tables
-    from polyak.study.words import duration, plural
+    from polyak.study.landscape.measure import landscape
+    from polyak.study.landscape.page import tables
+    from polyak.words import duration, plural
 
     console = Console(markup=False, highlight=False)
 

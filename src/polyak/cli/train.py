@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from polyak.training.config.run import RunConfig
     from polyak.training.estimate import Processes
-    from polyak.training.run_config import RunConfig
 
 DESCRIPTION = """Train one model by a recipe into a run folder, with checkpoints. Stopped at any
 moment, it goes on with --resume.

@@ -27,8 +27,8 @@ from polyak.data.documents import open_reader
 from polyak.data.encode import Arrays, Chunk, Encoder, chunks
 from polyak.data.hub import HubDocuments, HubError
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
-from polyak.data.tokenizer_names import TokenizerName, parse_name
-from polyak.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
+from polyak.data.tokenizer_names import TokenizerName, load_tokenizer, parse_name
+from polyak.data.tokenizers import BPETokenizer, Tokenizer
 from polyak.data.workspace import building, default_cache, discard, resumable
 from polyak.errors import ConfigError, DataError, MissingExtraError
 from polyak.files import read_json, write_json

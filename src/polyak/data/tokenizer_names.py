@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from polyak.data.tokenizers import (
+    _DESCRIPTION,
+    _FORMAT,
     END_OF_TEXT,
     SMALLEST_BPE,
     BPETokenizer,
     ByteTokenizer,
     Tokenizer,
-    load_tokenizer,
     pairs,
 )
 from polyak.errors import ConfigError, DataError, nearest
@@ -207,3 +208,34 @@ def _unfit(file: Path, why: str) -> DataError:
         f"{file} is no tokenizer that polyak can use: {why} (needed: byte-level BPE with GPT-2's "
         f"word splitting and {END_OF_TEXT} as the last id)"
     )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote; raises `DataError` where it is missing or was changed."""
+    description = read_json(folder / _DESCRIPTION, error=DataError)
+    try:
+        if description["format"] != _FORMAT:
+            raise DataError(
+                f"{folder / _DESCRIPTION} has format {description['format']!r}; this version of "
+                f"polyak reads format {_FORMAT}"
+            )
+        if description["kind"] == ByteTokenizer.kind:
+            tokenizer: Tokenizer = ByteTokenizer()
+        elif description["kind"] == "kept":
+            from polyak.data.kept_tokenizer import KeptTokenizer
+
+            definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            chat = description.get("chat_template")
+            tokenizer = KeptTokenizer(definition, int(description["end_of_text"]), chat)
+        else:
+            model = read_json(folder / "tokenizer.json", error=DataError)["model"]
+            vocabulary: dict[str, int] = model["vocab"]
+            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+            name = str(description["name"])
+            tokenizer = BPETokenizer(tokens[:-1], pairs(model["merges"]), name)
+        intact = tokenizer.fingerprint == description["fingerprint"]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise DataError(f"{folder} holds no tokenizer that polyak wrote: {problem!r}") from problem
+    if not intact:
+        raise DataError(f"the tokenizer in {folder} was changed after it was saved")
+    return tokenizer

@@ -23,7 +23,7 @@ from polyak.data.byte_level import PIECE, byte_letters, hugging_face_json, piece
 from polyak.data.documents import Text, parts_of
 from polyak.data.words import WordEncoder
 from polyak.errors import ConfigError, DataError
-from polyak.files import make_folder, read_json, write_atomic, write_json
+from polyak.files import make_folder, write_atomic, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end-of-text token
@@ -257,37 +257,6 @@ class BPETokenizer(Tokenizer):
         """See `Tokenizer.hugging_face_json`."""
         vocabulary = {token: number for number, token in enumerate([*self._tokens, END_OF_TEXT])}
         return hugging_face_json(vocabulary, self._merges, split_words=True)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote; raises `DataError` where it is missing or was changed."""
-    description = read_json(folder / _DESCRIPTION, error=DataError)
-    try:
-        if description["format"] != _FORMAT:
-            raise DataError(
-                f"{folder / _DESCRIPTION} has format {description['format']!r}; this version of "
-                f"polyak reads format {_FORMAT}"
-            )
-        if description["kind"] == ByteTokenizer.kind:
-            tokenizer: Tokenizer = ByteTokenizer()
-        elif description["kind"] == "kept":
-            from polyak.data.kept_tokenizer import KeptTokenizer
-
-            definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            chat = description.get("chat_template")
-            tokenizer = KeptTokenizer(definition, int(description["end_of_text"]), chat)
-        else:
-            model = read_json(folder / "tokenizer.json", error=DataError)["model"]
-            vocabulary: dict[str, int] = model["vocab"]
-            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            name = str(description["name"])
-            tokenizer = BPETokenizer(tokens[:-1], pairs(model["merges"]), name)
-        intact = tokenizer.fingerprint == description["fingerprint"]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise DataError(f"{folder} holds no tokenizer that polyak wrote: {problem!r}") from problem
-    if not intact:
-        raise DataError(f"the tokenizer in {folder} was changed after it was saved")
-    return tokenizer
 
 
 def pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from polyak.data.encode import encode, receive_parts, send
-from polyak.data.tokenizers import load_tokenizer
+from polyak.data.tokenizer_names import load_tokenizer
 from polyak.errors import PolyakError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from polyak.errors import ConfigError, unknown
-from polyak.training.config import Optimizer, TrainingConfig
-from polyak.training.run_config import Device
+from polyak.training.config.run import Device
+from polyak.training.config.training import Optimizer, TrainingConfig
 
 Split = Literal["train", "validation", "test"]
 OWN = "own"

@@ -24,8 +24,8 @@ from polyak.evaluation.losses import Losses, difference, require_causal, summary
 from polyak.evaluation.subjects import Subject, corpus_of
 from polyak.files import sha256_of
 from polyak.nn.transformer import Transformer
-from polyak.training.distributed import World
-from polyak.training.run_config import RunConfig
+from polyak.training.config.run import RunConfig
+from polyak.training.processes.distributed import World
 from polyak.training.trainer import Trainer
 
 Progress = Callable[[dict[str, Any]], None]

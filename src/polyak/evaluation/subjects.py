@@ -17,9 +17,9 @@ from polyak.data.shards import TokenFile
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, DataError, PolyakError, RunError, unknown
 from polyak.files import read_json
-from polyak.training.run_config import RunConfig
-from polyak.training.run_folders import find_runs, short_names
-from polyak.training.runs import RunFolder, load_run
+from polyak.training.config.run import RunConfig
+from polyak.training.runs.finding import find_runs, short_names
+from polyak.training.runs.folder import RunFolder, load_run
 from polyak.training.trainer import device_of
 
 SPLITS = ("train", "validation", "test")

@@ -12,7 +12,7 @@ from polyak.errors import RunError
 from polyak.files import read_json
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
-from polyak.training.runs import RunFolder
+from polyak.training.runs.folder import RunFolder
 
 PAPERS = {
     "arXiv:2605.24425": "Momentum Streams for Optimizer-Inspired Transformers",
@@ -185,13 +185,13 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _citation(paper: str) -> str:
-    import polyak
+    from polyak.version import __version__
 
     entries = [
         "@software{polyak,\n"
         "  title = {polyak: Transformers whose layers are optimizer steps},\n"
         "  author = {{The polyak authors}},\n"
-        f"  version = {{{polyak.__version__}}}\n}}"
+        f"  version = {{{__version__}}}\n}}"
     ]
     if paper in PAPERS:
         number = paper.removeprefix("arXiv:")

@@ -31,8 +31,8 @@ from polyak.interop.weights import (
 )
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
-from polyak.training.model_files import MODEL_TYPE
-from polyak.training.runs import read_weights
+from polyak.training.runs.folder import read_weights
+from polyak.training.runs.model_files import MODEL_TYPE
 
 WANTED = (
     "config.json",

@@ -17,8 +17,8 @@ from polyak.interop import hub_folders, released_files
 from polyak.interop.made_runs import check_out, write_run
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
-from polyak.training.config import TrainingConfig
-from polyak.training.run_config import RunConfig
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.trainer import device_of, validation_loss, validation_set
 
 PADDED_GPT2 = 50_304

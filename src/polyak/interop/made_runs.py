@@ -9,9 +9,9 @@ from polyak.data.tokenizers import Tokenizer
 from polyak.errors import RunError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.transformer import Transformer
-from polyak.training.distributed import World
-from polyak.training.run_config import RunConfig
-from polyak.training.runs import RunFolder, save_model
+from polyak.training.config.run import RunConfig
+from polyak.training.processes.distributed import World
+from polyak.training.runs.folder import RunFolder, save_model
 
 
 def check_out(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polyak.nn.config import ModelConfig
-from polyak.rules._declarations import LayerNorm, RMSNorm, norm_of
+from polyak.rules._norms import LayerNorm, RMSNorm, norm_of
 
 
 def norm(config: ModelConfig) -> LayerNorm | RMSNorm:

@@ -23,7 +23,7 @@ from polyak.nn.rotary import rotary_table
 from polyak.nn.splitting import SUBSTEPS
 from polyak.nn.transformer import Embedding, Transformer
 from polyak.rules import Oracle, UpdateRule
-from polyak.rules._declarations import LayerNorm, RMSNorm
+from polyak.rules._norms import LayerNorm, RMSNorm
 
 Start = Callable[[Tensor, int], Tensor]
 

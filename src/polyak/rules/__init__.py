@@ -12,7 +12,6 @@ from polyak.rules._registry import get, names, register
 
 if TYPE_CHECKING:
     from polyak.rules._base import Oracle, State, Stream, UpdateRule
-    from polyak.rules._cost import Work
     from polyak.rules._declarations import (
         choice,
         descends_at,
@@ -22,13 +21,14 @@ if TYPE_CHECKING:
         unit_interval,
         update_norm,
     )
+    from polyak.rules._work import Work
 
 _LAZY = {
     "Oracle": "_base",
     "State": "_base",
     "Stream": "_base",
     "UpdateRule": "_base",
-    "Work": "_cost",
+    "Work": "_work",
     "choice": "_declarations",
     "descends_at": "_declarations",
     "positive": "_declarations",

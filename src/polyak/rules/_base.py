@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import ConfigError, RuleError, unknown
-from polyak.rules._declarations import Choice, NoNorm, Norm, Scalar, norm_of
+from polyak.rules._declarations import Choice, Norm, Scalar
+from polyak.rules._norms import NoNorm, norm_of
 
 if TYPE_CHECKING:
-    from polyak.rules._cost import Work
+    from polyak.rules._work import Work
 
 Oracle: TypeAlias = Callable[[Tensor], Tensor]
 State: TypeAlias = Any

@@ -13,9 +13,8 @@ the oracle. Declarations are not inherited: a subclass that changes `step` is me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,44 +30,13 @@ from polyak.errors import RuleError
 from polyak.ops.gram import gram_ema_flops
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply_flops
 from polyak.ops.newton_schulz import newton_schulz_flops
+from polyak.rules._work import StepCost
 
 if TYPE_CHECKING:
     from polyak.rules._base import UpdateRule
 
 # torch 2.13 counts a batched product that adds in place as nothing
 flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What one call of `step` costs per token, the oracles' own work apart.
-
-    Attributes:
-        elements: elementwise work, in elements written (forward, reference forms).
-        forward_flops: matrix products of the forward pass, in FLOPs.
-        backward_flops: matrix products of the backward pass, including recomputed ones.
-        oracle_calls: how often it calls the oracle.
-    """
-
-    elements: int
-    forward_flops: int = 0
-    backward_flops: int = 0
-    oracle_calls: int = 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """A rule's declaration of its cost.
-
-    Attributes:
-        passes: elementwise passes over a token's vector of d numbers, as the equation is written:
-            x + νv is two (the product, the sum), βv + γg three. Leave out the rule's norms, and
-            scalars that exist only with a norm (one pass each); both are added where they exist.
-        matrices: (heads, head_dim) → what the rule does on a token's matrix, beyond `passes`.
-    """
-
-    passes: int
-    matrices: Callable[[int, int], StepCost] | None = None
 
 
 def step_cost(

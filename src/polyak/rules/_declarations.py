@@ -20,17 +20,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyak import ops
 from polyak.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polyak.rules._base import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Scalar:
     def __set_name__(self, owner: type, name: str) -> None:
         object.__setattr__(self, "name", name)
 
-    def __get__(self, rule: UpdateRule | None, owner: type | None = None) -> Any:
+    def __get__(self, rule: Any, owner: type | None = None) -> Any:
         if rule is None:
             return self
         ready = rule.__dict__.get(self.name)  # see polyak.nn.one_token
@@ -66,7 +62,7 @@ class Scalar:
         raw = getattr(rule, f"{self.name}_raw")
         return raw if rule.options["coefficients"] == "unconstrained" else self.constrain(raw)
 
-    def __set__(self, rule: UpdateRule, value: object) -> None:
+    def __set__(self, rule: Any, value: object) -> None:
         raise AttributeError(f"set {self.name}_raw, the raw parameter behind {self.name!r}")
 
     def freed(self) -> Scalar:
@@ -168,7 +164,7 @@ class Choice:
     def __set_name__(self, owner: type, name: str) -> None:
         object.__setattr__(self, "name", name)
 
-    def __get__(self, rule: UpdateRule | None, owner: type | None = None) -> Any:
+    def __get__(self, rule: Any, owner: type | None = None) -> Any:
         return self if rule is None else rule.options[self.name]
 
 
@@ -184,74 +180,3 @@ def descends_at(**options: Any) -> Mapping[str, Any]:
     `coefficients="unconstrained"` a model can start there.
     """
     return MappingProxyType(options)
-
-
-class LayerNorm(nn.Module):
-    r"""LayerNorm over the last dimension: w·(u − mean u)/√(var u + eps) (+ b).
-
-    Args:
-        width: d, the size of the last dimension.
-        eps: added to the biased variance.
-        bias: whether to learn b; the released models do not.
-    """
-
-    def __init__(self, width: int, eps: float = 1e-5, bias: bool = False) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, u: Tensor) -> Tensor:
-        """(..., d) → (..., d)."""
-        return ops.layer_norm(u, self.weight, self.bias, self.eps)
-
-    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
-        """LN(βv + γg), fused; v and g are (..., d), β and γ have one element."""
-        return ops.momentum_norm(beta, v, gamma, g, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        """For printing a model."""
-        return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
-
-
-class RMSNorm(nn.Module):
-    r"""RMSNorm over the last dimension: w·u/√(mean u² + eps) (arXiv:1910.07467).
-
-    Args:
-        width: d, the size of the last dimension.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, u: Tensor) -> Tensor:
-        """(..., d) → (..., d)."""
-        return ops.rms_norm(u, self.weight, self.eps)
-
-    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
-        """RMSNorm(βv + γg), fused; v and g are (..., d), β and γ have one element."""
-        return ops.momentum_rms_norm(beta, v, gamma, g, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        """For printing a model."""
-        return f"{self.weight.numel()}, eps={self.eps}"
-
-
-def norm_of(kind: str, width: int, eps: float, bias: bool) -> LayerNorm | RMSNorm:
-    """A norm of a model's kind, `layer` or `rms`; an RMSNorm has no bias."""
-    return RMSNorm(width, eps) if kind == "rms" else LayerNorm(width, eps, bias)
-
-
-class NoNorm(nn.Module):
-    """Stands in for a norm that was switched off."""
-
-    def forward(self, u: Tensor) -> Tensor:
-        """U unchanged."""
-        return u
-
-    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
-        """βv + γg."""
-        return ops.axpby(beta, v, gamma, g)

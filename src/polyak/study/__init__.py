@@ -1,1 +1,1 @@
-"""Comparing: plan, run, statistics, report."""
+"""Looking at runs: one folder a subject, each with `measure`, `figures` and `page`."""

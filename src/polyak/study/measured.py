@@ -19,9 +19,8 @@ from torch import nn
 from polyak.errors import RunError
 from polyak.evaluation.subjects import Subject, TokenSet
 from polyak.files import locked, make_folder, read_json, write_atomic, write_json
-from polyak.study.pages import check_out
-from polyak.study.results import commit, now
-from polyak.training.machine import environment
+from polyak.report.pages import check_out
+from polyak.training.machine import commit, environment, now
 
 FORMAT = 1
 Found = dict[str, Any]

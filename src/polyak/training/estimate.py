@@ -13,9 +13,9 @@ from polyak.data import hub
 from polyak.data.corpora import NAMES, load_corpus
 from polyak.errors import ConfigError, DataError
 from polyak.nn.cost import cost
+from polyak.training.config.recipes import tokenizer_size
+from polyak.training.config.run import RunConfig
 from polyak.training.memory import Memory, memory
-from polyak.training.recipes import tokenizer_size
-from polyak.training.run_config import RunConfig
 from polyak.training.schedules import decay_begins
 
 _CGROUP_LIMITS = (

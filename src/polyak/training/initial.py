@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.data.tokenizers import Tokenizer, load_tokenizer
+from polyak.data.tokenizer_names import load_tokenizer
+from polyak.data.tokenizers import Tokenizer
 from polyak.errors import ConfigError, RunError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
-from polyak.training.runs import read_model_config, read_weights
+from polyak.training.runs.folder import read_model_config, read_weights
 
 FREE_TO_DIFFER = ("dropout", "rule_options.frozen")
 """What training may change about a model without changing what its weights compute."""

@@ -22,19 +22,19 @@ from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
 from polyak.rules._registry import source_of
-from polyak.training.checkpoints import Checkpoint, Checkpoints, due
-from polyak.training.distributed import World
+from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
 from polyak.training.initial import identity, initial_weights
-from polyak.training.journal import Journal
 from polyak.training.machine import peak_memory_bytes
-from polyak.training.metrics import keep_until
-from polyak.training.run_config import RunConfig
-from polyak.training.runs import RunFolder, save_model
+from polyak.training.processes.distributed import World
+from polyak.training.processes.signals import StopSignals
+from polyak.training.runs.checkpoints import Checkpoint, Checkpoints, due
+from polyak.training.runs.folder import RunFolder, save_model
+from polyak.training.runs.journal import Journal
+from polyak.training.runs.metrics import keep_until
+from polyak.training.runs.trackers import check_trackers, open_trackers
 from polyak.training.sam import uses_sam
-from polyak.training.signals import StopSignals
 from polyak.training.throughput import matmul_peak, memory_bytes
-from polyak.training.trackers import check_trackers, open_trackers
 from polyak.training.trainer import Trainer, device_of, in_bfloat16, validation_set
 
 Progress = Callable[[dict[str, Any]], None]
@@ -108,7 +108,7 @@ def train(
 
     Args:
         config: everything that defines the run.
-        folder: the run's folder; see `polyak.training.runs`.
+        folder: the run's folder; see `polyak.training.runs.folder`.
         resume: True: the folder must hold a run, which goes on; its end may move
             (`training.steps`). False: the folder must hold none. None: go on if there is a run
             with equal settings, else begin.

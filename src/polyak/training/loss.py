@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from polyak.nn.transformer import Transformer
 from polyak.ops.linear_cross_entropy import linear_cross_entropy
-from polyak.training.config import VocabularyLoss
+from polyak.training.config.training import VocabularyLoss
 
 
 class LossModule(nn.Module):

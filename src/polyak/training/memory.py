@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from polyak.errors import RuleError
 from polyak.nn.transformer import Transformer
 from polyak.ops import inverse_sqrt
+from polyak.training.config.run import RunConfig
 from polyak.training.loss import LossModule
 from polyak.training.optimizers import Optimizers
-from polyak.training.run_config import RunConfig
 
 # `polyak.ops` has a function of that name
 _vocabulary: Any = importlib.import_module("polyak.ops.linear_cross_entropy")

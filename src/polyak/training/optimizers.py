@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyak.errors import ConfigError, RuleError, RunError
 from polyak.nn.transformer import Transformer
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.dtensors import is_sharded, shard_like
 from polyak.training.muon import Muon
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.dtensors import is_sharded
 from polyak.training.schedules import in_decay
 

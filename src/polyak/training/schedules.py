@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from polyak.training.config import TrainingConfig
+from polyak.training.config.training import TrainingConfig
 
 
 def factor(step: int, config: TrainingConfig) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 
 from polyak.errors import ConfigError, RunError, unknown
 from polyak.files import read_json
-from polyak.training import recipes
-from polyak.training.run_config import TRACKERS, Device, Parallel, RunConfig
+from polyak.training.config import recipes
+from polyak.training.config.run import TRACKERS, Device, Parallel, RunConfig
 
 DEFAULT_RECIPE = "quick"
 
@@ -100,7 +100,7 @@ def resolve(options: TrainOptions) -> RunConfig:
 
 def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) -> recipes.Settings:
     """A recipe's settings with the model, tokenizer and corpus of the run that it starts from."""
-    from polyak.training.runs import read_model_config
+    from polyak.training.runs.folder import read_model_config
 
     model = _flat(RunConfig(model=read_model_config(folder / "model")))
     base = {key: value for key, value in base.items() if not key.startswith("model.")}

@@ -17,13 +17,13 @@ from polyak.errors import ConfigError, DivergedError
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
 from polyak.training import schedules
-from polyak.training.config import TrainingConfig
-from polyak.training.distributed import World, clip_grad_norm, compile_blocks, wrap
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
 from polyak.training.divergence import first_bad_parameter
 from polyak.training.loss import LossModule
 from polyak.training.optimizers import Optimizers, parameter_groups
+from polyak.training.processes.distributed import World, clip_grad_norm, compile_blocks, wrap
 from polyak.training.rule_check import check_rule
-from polyak.training.run_config import RunConfig
 from polyak.training.sam import perturbed, uses_sam
 
 if TYPE_CHECKING:

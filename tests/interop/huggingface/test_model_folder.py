@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import polyak.interop.huggingface as hf
 from polyak import ModelConfig, load_run
 from polyak.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
-from polyak.training.model_files import write_model_files
+from polyak.training.runs.model_files import write_model_files
 from tests.interop.huggingface.conftest import python
 
 TEXTS = [

@@ -24,7 +24,7 @@ from polyak.files import make_folder
 from polyak.interop.huggingface.configuration import PolyakConfig
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
-from polyak.training.model_files import write_stub
+from polyak.training.runs.model_files import write_stub
 
 _SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from polyak.errors import ConfigError, PolyakError, RuleError
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
-from polyak.training.model_files import (
+from polyak.training.runs.model_files import (
     MODEL_TYPE,
     STANDARD_NAMES,
     STUB,

@@ -12,7 +12,7 @@ from polyak.files import make_folder, reason, write_atomic
 from polyak.interop.card import card, model_card
 
 if TYPE_CHECKING:
-    from polyak.interop.huggingface.base import PolyakPreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def share(run: str | Path, folder: str | Path, *, place: str | None = None) -> Path:
@@ -32,8 +32,8 @@ def share(run: str | Path, folder: str | Path, *, place: str | None = None) -> P
     Raises:
         RunError: not a finished run, or the folder is not empty or cannot be written.
     """
-    from polyak.training.model_files import write_model_files
-    from polyak.training.runs import load_run
+    from polyak.training.runs.folder import load_run
+    from polyak.training.runs.model_files import write_model_files
 
     target = Path(folder)
     text = model_card(run, place=place or target.name)
@@ -82,7 +82,7 @@ def push(
 
 
 def push_model(
-    model: PolyakPreTrainedModel,
+    model: PreTrainedModel,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -120,7 +120,7 @@ def push_model(
         return _upload(folder, repo_id, private, token, commit_message)
 
 
-def _run_of(model: PolyakPreTrainedModel) -> Path | None:
+def _run_of(model: PreTrainedModel) -> Path | None:
     """The run whose weights a model has, to the last bit; None if it has none or others."""
     import torch
     from safetensors.torch import load_file

@@ -1,0 +1,1 @@
+"""Timing, interleaved: models, ops, loss, generation, tokenizing."""

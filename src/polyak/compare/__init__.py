@@ -1,0 +1,1 @@
+"""The main job: entries, plan, runs in processes, results, verdict and page."""

@@ -1,0 +1,158 @@
+"""Figures of a comparison: one function per panel, each drawing on given axes.
+
+A panel returns False where the results hold nothing to draw yet. `all_figures` makes the page's
+SVGs, `picture` the README's PNG.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from polyak.report.curves import UNITS, difference_curves, loss_curves
+from polyak.report.figures import SIZE, scalar_depth, scalar_names, single
+from polyak.report.svg import LIGHT, PALETTE, color, house_style, styles
+
+
+def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
+    """Differences from the baseline with their simultaneous intervals, one row per entry."""
+    chosen = styles(results)
+    rows = [entry for entry in results["entries"] if entry.get("difference")]
+    if not rows:
+        return False
+    axes.axvline(0, color=color("ink"), linewidth=1.2, zorder=1)
+    for row, entry in enumerate(rows):
+        gap, style = entry["difference"], chosen[entry["name"]]
+        resolved = gap["verdict"] in ("better", "worse")
+        if gap["low"] is not None:
+            axes.plot([gap["low"], gap["high"]], [row, row], color=style.color, linewidth=1.8)
+        axes.plot(
+            [gap["mean"]],
+            [row],
+            marker=style.marker,
+            markersize=7,
+            color=style.color,
+            markerfacecolor=style.color if resolved else color("surface"),
+            markeredgewidth=1.5,
+        )
+        axes.annotate(
+            entry["name"],
+            (0, row - 0.28),
+            xycoords=("axes fraction", "data"),
+            va="bottom",
+            fontsize=0.92 * float(mpl.rcParams["font.size"]),
+            color=color("ink"),
+            bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
+        )
+    axes.set_ylim(len(rows) - 0.5, -0.95)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("difference from baseline (nats/token); left is better")
+    return True
+
+
+def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
+    """Loss against the swept value for each entry; a ring marks the value chosen."""
+    chosen, fields, seen = styles(results), set(), []
+    for entry in results["entries"]:
+        found = entry.get("sweep")
+        if not found:
+            continue
+        style = chosen[entry["name"]]
+        points = [
+            (float(x), float(y))
+            for x, y in sorted(zip(found["values"], found["losses"], strict=True))
+            if y is not None
+        ]
+        if not points:
+            continue
+        x, y = (np.asarray(column) for column in zip(*points, strict=True))
+        axes.plot(x, y, color=style.color, linestyle=style.line, marker=style.marker, markersize=4)
+        at = x == float(found["chosen"])
+        axes.plot(x[at], y[at], "o", color=style.color, markerfacecolor="none", markersize=11)
+        fields.add(found["field"])
+        seen += list(x)
+    if not seen:
+        return False
+    if min(seen) > 0 and max(seen) / min(seen) > 3:
+        axes.set_xscale("log")
+        ticks = sorted(set(seen))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(", ".join(sorted(fields)))
+    axes.set_ylabel("validation loss (nats/token)")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# All of them
+
+
+def all_figures(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every figure of the page that has something to show, by name."""
+    made = {
+        f"loss-{axis}": single(
+            f"loss-{axis}",
+            f"Validation loss against {UNITS[axis]}",
+            lambda axes, axis=axis: loss_curves(axes, results, axis),  # type: ignore[misc]
+        )
+        for axis in ("tokens", "flops", "seconds")
+    }
+    rows = sum(bool(entry.get("difference")) for entry in results["entries"])
+    made["forest"] = single(
+        "forest",
+        "Differences from the baseline with 95% intervals",
+        lambda axes: forest(axes, results),
+        (SIZE[0], max(1.6, 0.75 + 0.5 * rows)),
+    )
+    made["differences"] = single(
+        "differences",
+        "Difference from the baseline against training tokens",
+        lambda axes: difference_curves(axes, results),
+    )
+    for index, name in enumerate(scalar_names(results)):
+        made[f"scalar-{name}"] = single(
+            f"scalar-{index}",
+            f"Learned scalar {name} by layer",
+            lambda axes, name=name: scalar_depth(axes, results, name),  # type: ignore[misc]
+            (SIZE[0], 2.6),
+        )
+    made["sweep"] = single(
+        "sweep", "Validation loss against the swept value", lambda axes: sweep(axes, results)
+    )
+    return {name: svg for name, svg in made.items() if svg}
+
+
+def picture(results: Mapping[str, Any]) -> bytes:
+    """Loss, difference and interval panels side by side as a PNG, in the light palette."""
+    rows = sum(bool(entry.get("difference")) for entry in results["entries"])
+    with house_style(9.5, LIGHT):
+        figure = Figure(figsize=(12.5, max(3.4, 0.9 + 0.36 * rows)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[call-arg, union-attr]
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+        found = [
+            loss_curves(panels[0], results, "tokens"),
+            difference_curves(panels[1], results),
+            forest(panels[2], results),
+        ]
+        for axes, any_ in zip(panels, found, strict=True):
+            axes.set_visible(any_)
+        stream = io.BytesIO()
+        figure.savefig(
+            stream,
+            format="png",
+            dpi=160,
+            facecolor=PALETTE["surface"][0],
+            metadata={"Software": None},
+        )
+    return stream.getvalue()

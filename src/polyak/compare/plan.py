@@ -1,0 +1,245 @@
+"""From `CompareConfig` to the runs that have to be done, and what each entry may spend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polyak.compare.config import (
+    FULL_RULES,
+    FULL_STEPS,
+    QUICK_RULES,
+    QUICK_STEPS,
+    SWEEP_SEED,
+    CompareConfig,
+)
+from polyak.compare.entries import Entry, parse_entries, widened
+from polyak.compare.pool import Job
+from polyak.data.batches import TrainBatches
+from polyak.data.encode import available_cores
+from polyak.data.prepare import Prepared, prepare
+from polyak.errors import ConfigError
+from polyak.files import sha256_of
+from polyak.nn.config import ModelConfig
+from polyak.nn.cost import cost
+from polyak.settings import override, parse, replace_at
+from polyak.training.config.run import RunConfig
+from polyak.training.config.training import TrainingConfig
+from polyak.training.trainer import check_vocabulary, device_of, validation_set
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved comparison.
+
+    Attributes:
+        config: what the user asked for.
+        base: the run that every entry starts from, before its own rule and steps.
+        data: the prepared corpus.
+        entries: what is compared; the first is the baseline.
+        jobs: runs at once.
+        threads: CPU threads of each run.
+        notes: what was changed to make budgets equal, for the report.
+    """
+
+    config: CompareConfig
+    base: RunConfig
+    data: Prepared
+    entries: tuple[Entry, ...]
+    jobs: int
+    threads: int | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> Entry:
+        """The entry that differences are taken from."""
+        return self.entries[0]
+
+    def run_config(self, entry: Entry) -> RunConfig:
+        """The entry's run with the baseline's steps and seed 0."""
+        return dataclasses.replace(self.base, model=entry.model, threads=self.threads)
+
+    def steps(self, speeds: dict[str, dict[str, float]]) -> dict[str, int]:
+        """Optimizer steps of each entry under `match`, by name.
+
+        Args:
+            speeds: measured tokens per second by entry; only `seconds` uses them. An entry that
+                has none, because it cannot train, gets the baseline's steps.
+        """
+        steps = self.base.training.steps
+        if self.config.match in ("tokens", "params"):
+            return {entry.name: steps for entry in self.entries}
+        prices = {}
+        for entry in self.entries:
+            if self.config.match == "flops":
+                prices[entry.name] = float(cost(entry.model).training_flops_per_token)
+            else:
+                speed = speeds.get(entry.name, speeds[self.baseline.name])
+                prices[entry.name] = 1 / speed["median"]
+        budget = steps * prices[self.baseline.name]
+        return {name: max(1, round(budget / price)) for name, price in prices.items()}
+
+    def run_jobs(self, steps: dict[str, int], rates: Mapping[str, float | None]) -> list[Job]:
+        """All runs, seed by seed so that pairs are complete early.
+
+        Args:
+            steps: of each entry.
+            rates: each entry's own value of the swept field, if there was a sweep.
+        """
+        jobs = []
+        for seed in range(self.config.seeds):
+            for entry in self.entries:
+                config = self._with_rate(self.run_config(entry), rates.get(entry.name))
+                folder = self.config.out / "runs" / f"{entry.slug}-seed{seed}"
+                jobs.append(Job(entry.name, seed, _with(config, seed, steps[entry.name]), folder))
+        return jobs
+
+    def sweep_jobs(self, steps: dict[str, int]) -> list[tuple[float, Job]]:
+        """The runs that choose each entry's rate, with the value each one tries."""
+        if self.config.sweep is None:
+            return []
+        field_name, values = parse_sweep(self.config.sweep)
+        jobs = []
+        for entry in self.entries:
+            for value in values:
+                for seed in range(SWEEP_SEED, SWEEP_SEED + self.config.sweep_seeds):
+                    config = replace_at(self.run_config(entry), field_name, value)
+                    name = f"{entry.slug}-{field_name}={value}-seed{seed}"
+                    folder = self.config.out / "sweep" / name
+                    job = Job(entry.name, seed, _with(config, seed, steps[entry.name]), folder)
+                    jobs.append((value, job))
+        return jobs
+
+    def _with_rate(self, config: RunConfig, rate: float | None) -> RunConfig:
+        if rate is None or self.config.sweep is None:
+            return config
+        return replace_at(config, parse_sweep(self.config.sweep)[0], rate)
+
+
+def _with(config: RunConfig, seed: int, steps: int) -> RunConfig:
+    training = dataclasses.replace(config.training, seed=seed, steps=steps)
+    return dataclasses.replace(config, training=training)
+
+
+def parse_sweep(text: str) -> tuple[str, tuple[float, ...]]:
+    """`"training.muon_lr=0.01,0.02"` → the field and its values, smallest first.
+
+    Raises:
+        ConfigError: not of that form, not a rate, or fewer than two different values.
+    """
+    name, equals, values = text.partition("=")
+    name = name.strip()
+    rates = [f"training.{f.name}" for f in dataclasses.fields(TrainingConfig) if f.type == "float"]
+    if not equals or name not in rates:
+        raise ConfigError(
+            f"sweep={text!r}: write one of {', '.join(rates)} and values, as in "
+            "training.muon_lr=0.01,0.02"
+        )
+    numbers = sorted({float(parse(value, float, name)) for value in values.split(",")})
+    if len(numbers) < 2:
+        raise ConfigError(f"sweep={text!r}: give at least two different values")
+    for number in numbers:
+        replace_at(RunConfig(), name, number)  # out of range: an error before anything runs
+    return name, tuple(numbers)
+
+
+def make_plan(config: CompareConfig) -> Plan:
+    """Resolve everything that can be wrong before the first run begins.
+
+    Raises:
+        PolyakError: any bad input.
+    """
+    base = _base(config)
+    rules = QUICK_RULES if config.quick else FULL_RULES if config.rules is None else config.rules
+    parse_entries(rules, base.model)  # before the corpus, which can take minutes
+    if config.sweep is not None:
+        parse_sweep(config.sweep)
+    device = device_of(config.device)
+    data = prepare(base.corpus, base.tokenizer, text_field=base.text_field)
+    if base.model.vocab_size != data.tokenizer.vocab_size and not any(
+        assignment.startswith("model.vocab_size") for assignment in config.set
+    ):
+        base = replace_at(base, "model.vocab_size", data.tokenizer.vocab_size)
+    validation_set(base, data)  # these two raise where the corpus is too short
+    TrainBatches(data.train, base.model.context_length, base.training.batch_size, seed=0)
+    entries = parse_entries(rules, base.model)
+    notes = []
+    if config.match == "params":
+        entries, note = _match_parameters(entries)
+        notes.append(note)
+    for entry in entries:
+        check_vocabulary(entry.model, data)
+        cost(entry.model)  # runs a user's step, which may fail
+    jobs = config.jobs or (1 if device.type == "cuda" else available_cores())
+    threads = max(1, available_cores() // jobs) if device.type == "cpu" else None
+    return Plan(config, base, data, entries, jobs, threads, notes)
+
+
+def _base(config: CompareConfig) -> RunConfig:
+    for assignment in config.set:
+        key = assignment.partition("=")[0].strip()
+        if key.partition(".")[0] not in ("model", "training"):
+            raise ConfigError(
+                f"set {assignment!r}: write model.FIELD=VALUE or training.FIELD=VALUE"
+            )
+        for name, instead in (
+            ("model.rule", "--rules"),
+            ("training.seed", "--seeds"),
+            ("training.steps", "--steps"),
+        ):
+            if key == name:
+                raise ConfigError(f"set {assignment!r}: use {instead}")
+    base = RunConfig(
+        corpus=config.corpus,
+        text_field=config.text_field,
+        tokenizer=config.tokenizer,
+        device=config.device,
+    )
+    steps = config.steps or (QUICK_STEPS if config.quick else FULL_STEPS)
+    return override(replace_at(base, "training.steps", steps), config.set)
+
+
+def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]:
+    counts = [cost(entry.model).total_parameters for entry in entries[1:]]
+    if not counts:
+        raise ConfigError("match='params' needs something to match: name at least two rules")
+    target = max(counts)
+    before = entries[0]
+    if cost(before.model).total_parameters > target:
+        raise ConfigError(
+            f"match='params' widens the baseline, but {before.name} already has more parameters "
+            "than every other entry; put a smaller entry first"
+        )
+    wide = widened(before, target)
+    count = cost(wide.model).total_parameters
+    note = (
+        f"Parameters are matched by widening {before.name} from d = {before.model.d_model} to "
+        f"{wide.model.d_model}: {count:,} against {target:,} of the largest other entry "
+        f"({100 * (count / target - 1):+.1f}%)."
+    )
+    return (wide, *entries[1:]), note
+
+
+def corpus_summary(plan: Plan) -> dict[str, object]:
+    """The corpus as results.json records it."""
+    data, validation = plan.data, validation_set(plan.base, plan.data)
+    return {
+        "name": data.manifest["corpus"]["name"],
+        "fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer.name,
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
+        "vocab_size": data.tokenizer.vocab_size,
+        "train_tokens": len(data.train),
+        "validation_tokens": validation.tokens,
+        "validation_bytes": validation.bytes,
+    }
+
+
+def rule_hash(model: ModelConfig) -> str | None:
+    """SHA-256 of the user's rule file, if the rule comes from one."""
+    from polyak.rules._registry import source_of
+
+    source: Path | None = source_of(model.rule)
+    return sha256_of(source) if source else None

@@ -1,0 +1,1 @@
+"""What every page and figure shares: templates, style, SVG, tables."""

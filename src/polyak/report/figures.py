@@ -1,0 +1,81 @@
+"""What figures of every page share: panel size, one panel as SVG, learned scalars along depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from polyak.report.svg import color, house_style, styles, to_svg
+
+SIZE = (5.0, 3.6)  # inches of 72 units: 360 wide, so that a phone shows text at its true size
+
+
+GREEK = "alpha|beta|gamma|delta|eta|kappa|lambda|mu|nu|rho|sigma|tau"
+
+
+def scalar_names(results: Mapping[str, Any]) -> list[str]:
+    """The learned scalars that any entry has, in order of appearance."""
+    names: dict[str, None] = {}
+    for entry in results["entries"]:
+        names.update(dict.fromkeys(entry.get("scalars") or {}))
+    return list(names)
+
+
+def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
+    """One learned scalar along depth; filled marks at attention, open marks at the MLP."""
+    chosen, layers = styles(results), 0
+    for entry in results["entries"]:
+        substeps = (entry.get("scalars") or {}).get(name)
+        if not substeps:
+            continue
+        style = chosen[entry["name"]]
+        points = []
+        for position, values in enumerate(substeps.values()):
+            flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1).mean(-1)
+            offset = position / len(substeps)
+            points += [(layer + 1 + offset, y, position) for layer, y in enumerate(flat)]
+            layers = max(layers, len(flat))
+        points.sort()
+        x, y, position_of = (np.asarray(column) for column in zip(*points, strict=True))
+        axes.plot(x, y, color=style.color, linestyle=style.line, linewidth=1.2)
+        for position, face in ((0, style.color), (1, color("surface"))):
+            at = position_of == position
+            axes.plot(
+                x[at],
+                y[at],
+                linestyle="none",
+                marker=style.marker,
+                color=style.color,
+                markerfacecolor=face,
+                markersize=5,
+            )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 8) or 1))
+    axes.set_xlabel("layer")
+    axes.set_title(symbol(name), loc="left", fontsize="large")
+    return layers > 0
+
+
+def symbol(name: str) -> str:
+    """`beta1` and `betaR` with their letter and index; other names as they are."""
+    parts = re.fullmatch(rf"({GREEK})_?(\d+|[A-Z])?_?", name)
+    if parts is None:
+        return name
+    index = f"_{{{parts[2]}}}" if parts[2] else ""
+    return f"$\\{parts[1]}{index}$"
+
+
+def single(
+    name: str, title: str, draw: Callable[[Axes], bool], size: tuple[float, float] = SIZE
+) -> str | None:
+    """One panel as SVG; None if `draw` found nothing to draw."""
+    with house_style(11):
+        figure = Figure(figsize=size, layout="constrained")
+        if not draw(figure.subplots()):
+            return None
+        return to_svg(figure, name, title)

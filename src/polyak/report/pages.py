@@ -1,0 +1,116 @@
+"""What every page has in common: the templates and their filters.
+
+A page makes no network request (a Content-Security-Policy in it says so to the browser) and holds
+its figures as inline SVG that follow the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from polyak.errors import RunError
+from polyak.files import read_json
+from polyak.report import svg
+from polyak.words import (
+    NONE,
+    compact,
+    difference_text,
+    duration,
+    fixed,
+    interval_text,
+    listed,
+    loss,
+    mean_and_sd,
+    memory,
+    plural,
+    short,
+    with_error,
+)
+
+
+@lru_cache
+def environment() -> jinja2.Environment:
+    """Jinja2 with the templates of this package, autoescaping, and the words that pages use."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("polyak.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        compact=compact,
+        memory=memory,
+        loss=loss,
+        duration=duration,
+        short=short,
+        interval=interval_text,
+        difference=difference_text,
+        mean_and_sd=mean_and_sd,
+        with_error=with_error,
+        fixed=fixed,
+        listed=listed,
+        plural=plural,
+        breakable=breakable,
+        scalar=scalar,
+        zip=zip,
+    )
+    made.globals.update(NONE=NONE, palette=svg.css())
+    return made
+
+
+def check_out(out: Path, kind: str) -> None:
+    """Refuse to write over what another command found.
+
+    Raises:
+        RunError: the results.json in `out` is of another kind.
+    """
+    if not (out / "results.json").exists():
+        return
+    found = read_json(out / "results.json")
+    there = found.get("kind") if isinstance(found, dict) else None
+    if there != kind:
+        raise RunError(
+            f"{out} holds the results of another command ({there or 'unknown'}); "
+            "choose another --out"
+        )
+
+
+def breakable(text: str) -> Markup:
+    """Text whose long names wrap where their parts meet; options stay together if they fit."""
+    escaped = str(escape(text))
+    for sign in "_/:=":
+        escaped = escaped.replace(sign, f"{sign}<wbr>")
+    return Markup(re.sub(r"(\[[^\]]*\])", r'<span class="options">\1</span>', escaped))
+
+
+def scalar(value: Any) -> str:
+    """A setting as text: floats in short form, lists with commas."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(scalar(x) for x in value) or NONE
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {scalar(x)}" for k, x in value.items()) or NONE
+    return str(value)
+
+
+def machine_of(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Versions, commit and hardware as (name, text) pairs."""
+    machine = dict(results["machine"])
+    if machine.get("memory_bytes"):
+        machine["memory"] = memory(machine.pop("memory_bytes"))
+    return [*results["versions"].items(), ("commit", results.get("commit")), *machine.items()]

@@ -1,0 +1,37 @@
+"""Text tables in the package's style, for the terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+
+class _Headed(Table):
+    """A table below a line of text that may be wider than it: rich folds a title to the table."""
+
+    heading = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.heading, style="table.title")
+        yield from super().__rich_console__(console, options)
+
+
+def house_table(title: str, *columns: str) -> Table:
+    """A table in the package's style: names to the left, numbers to the right."""
+    table = _Headed(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.heading = title
+    table.add_column(columns[0], no_wrap=True)  # folded already, where it means something
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def as_text(shown: RenderableType, width: int = 80) -> str:
+    """Anything rich prints as plain text, every line at most `width` columns."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, force_terminal=False).print(shown)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

@@ -1,0 +1,1 @@
+"""Paired differences, verdicts, intervals and rank correlations. No torch."""

@@ -1,0 +1,1 @@
+"""`polyak evaluate`: losses of runs on any corpora, attention entropy, downstream tasks."""

@@ -1,0 +1,1 @@
+"""`polyak forgetting`: what a run loses while it learns something else."""

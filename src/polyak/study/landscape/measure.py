@@ -1,0 +1,304 @@
+"""`polyak study landscape`: losses, sharpness, forgetting and Jacobian spectra of several runs.
+
+Every measurement is a part with a file of its own (`polyak.study.parts`), so that the study goes
+on where it was stopped; the page is written anew after each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from polyak.analysis.config import SharpnessConfig
+from polyak.analysis.spectrum_config import SpectrumConfig
+from polyak.errors import RunError, unknown
+from polyak.evaluation.config import ForgettingConfig, corpora_of
+from polyak.evaluation.forgetting import experiment, forget
+from polyak.evaluation.losses import require_causal, summary, token_losses
+from polyak.evaluation.subjects import Subject, corpus_of, load_subject, token_set
+from polyak.files import locked, make_folder, sha256_of, write_atomic, write_json
+from polyak.report.pages import check_out
+from polyak.study.landscape.config import LandscapeConfig
+from polyak.study.landscape.properties import OWN, PROPERTIES
+from polyak.study.landscape.results import complete, value_of
+from polyak.study.parts import Found, Part, Tick, expected, measure_all
+from polyak.study.runs.measure import gather, read_run
+from polyak.study.sharpness.measure import sharpness_of
+from polyak.study.spectrum.measure import persistence_of, spectrum_of, tokens_of
+from polyak.training.runs.finding import find_runs, short_names
+
+KIND = "landscape"
+PRODUCT = 3.5
+"""A Hessian product takes about so many losses with gradients, measured on the quick model."""
+PRODUCTS = 260
+"""Typical products of one model's sharpness."""
+SEQUENCES = 500
+"""A spectrum takes about as long as so many losses with gradients of its sequence, per layer."""
+
+
+def landscape(
+    runs: Sequence[Path],
+    config: LandscapeConfig,
+    *,
+    command: str,
+    planned: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure runs into `config.out`, or go on where an earlier call was stopped.
+
+    Args:
+        runs: finished runs, comparisons, or folders of runs.
+        config: what is measured.
+        command: the command line that repeats it.
+        planned: called first, with the number of measurements, how many of them are there
+            already, and the seconds expected for the rest.
+        progress: called with the share of the work done, and what is under way.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        PolyakError: a run or a corpus cannot be used, or `config.out` holds something else.
+    """
+    check_out(config.out, KIND)
+    folders = find_runs(runs)
+    names = short_names(folders)
+    read = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    for run in read:
+        if run["status"] != "finished":
+            raise RunError(f"{run['folder']} is a run that did not finish: result.json is missing")
+    results = gather(read, command=command)
+    _put_first(results, config.baseline)
+    study = _Study(config, results)
+    make_folder(config.out)
+    with locked(config.out, "polyak study landscape"):
+        parts = study.parts()
+        if planned is not None:
+            planned(*expected(parts, config.out))
+        study.missing = [part.subject + ": " + part.kind for part in parts]
+        try:
+            measure_all(parts, config.out, after_each=study.keep, progress=progress)
+        except BaseException:
+            study.write()  # whatever stops us, the page shows what is there
+            raise
+        return study.write()
+
+
+def _put_first(results: dict[str, Any], baseline: str | None) -> None:
+    """Make a kind of model the baseline, and the first of the entries.
+
+    Raises:
+        UnknownNameError: no kind has that name; the nearest is offered.
+    """
+    entries = results["entries"]
+    names = [entry["name"] for entry in entries]
+    if baseline is None:
+        plain = [entry["name"] for entry in entries if entry["rule"] == "gradient_descent"]
+        baseline = (plain or names)[0]
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    results["baseline"] = baseline
+    entries.sort(key=lambda entry: entry["name"] != baseline)  # stable: the others stay in order
+
+
+class _Study:
+    """The state of a study while it runs."""
+
+    def __init__(self, config: LandscapeConfig, results: dict[str, Any]) -> None:
+        self.config, self.results = config, results
+        self.runs: dict[str, dict[str, Any]] = {}
+        for run in results["runs"]:
+            run.pop("train")  # curves of training; validation is enough here
+            run["measured"] = {}
+            self.runs[run["name"]] = run
+        self.missing: list[str] = []
+
+    def parts(self) -> list[Part]:
+        """Every measurement of every run, cheap kinds first."""
+        config = self.config
+        speeds: dict[str, float] = {}
+        made: dict[str, list[Part]] = {kind: [] for kind in config.chosen}
+        seen = set()
+        for run in self.results["runs"]:
+            subject = load_subject(run["folder"], device=config.device)
+            require_causal(subject)
+            weights = sha256_of(subject.folder / "model" / "model.safetensors")
+            shape = str(subject.settings["model"])
+            if shape not in speeds:
+                speeds[shape] = _tokens_per_second(subject)
+            speed = speeds[shape]
+            self.results.setdefault("corpus", subject.settings["corpus"]["name"])
+            first = run["entry"] not in seen
+            seen.add(run["entry"])
+            for kind in made:
+                if kind == "spectrum" and config.spectrum_runs == "first" and not first:
+                    continue
+                key, work, measure = getattr(self, f"_{kind}")(subject, speed)
+                made[kind].append(
+                    Part(run["name"], kind, {"weights": weights, **key}, work, measure)
+                )
+        return [part for kind in made for part in made[kind]]
+
+    def keep(self, part: Part, found: Found) -> None:
+        """Take up what a part found, and write the page."""
+        self.runs[part.subject]["measured"][part.kind] = found
+        self.missing.remove(part.subject + ": " + part.kind)
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """results.json and report.html as things stand."""
+        from polyak.study.landscape.page import render
+
+        settings = {
+            f.name: getattr(self.config, f.name) for f in dataclasses.fields(LandscapeConfig)
+        }
+        filled = complete(
+            {
+                **self.results,
+                "kind": KIND,
+                "status": "partial" if self.missing else "complete",
+                "missing": self.missing,
+                "settings": {**settings, "out": os.fspath(self.config.out)},
+            },
+            PROPERTIES,
+        )
+        write_json(self.config.out / "results.json", filled)
+        write_atomic(self.config.out / "report.html", render(filled))
+        return filled
+
+    def _evaluate(
+        self, subject: Subject, speed: float
+    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+        config = self.config
+        others = [name for name in corpora_of(config.corpora) if name is not None]
+        corpora = {OWN: None, **{name: name for name in others}}
+        key = {
+            "tokens": config.eval_tokens,
+            "corpora": {
+                name: corpus_of(subject, corpus).fingerprint for name, corpus in corpora.items()
+            },
+        }
+        work = len(corpora) * config.eval_tokens / 3 / speed  # no backward pass
+
+        def measure(tick: Tick) -> Found:
+            found: Found = {}
+            for place, (name, corpus) in enumerate(corpora.items()):
+                tick(place / len(corpora))
+                found[name] = summary(token_losses(subject, corpus, tokens=config.eval_tokens))
+            values = [found[name]["loss"]["value"] for name in others]
+            found["others"] = sum(values) / len(values) if values else None
+            return found
+
+        return key, work, measure
+
+    def _sharpness(
+        self, subject: Subject, speed: float
+    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+        config = self.config
+        wanted = SharpnessConfig(
+            tokens=config.sharpness_tokens,
+            top_k=5,  # deflating the outliers makes the trace cheap
+            trace_precision=config.trace_precision,
+            density_probes=0,
+            slice_radius=0.0,
+            rho=(config.rho,),
+            seed=config.seed,
+            device=config.device,
+        )
+        tokens = token_set(subject, tokens=config.sharpness_tokens)
+        settings = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
+        del settings["out"], settings["device"]
+        key = {"fingerprint": tokens.fingerprint, **settings}
+        work = PRODUCTS * PRODUCT * tokens.tokens / speed
+
+        def measure(tick: Tick) -> Found:
+            found = sharpness_of(subject, tokens, wanted, lambda share, _: tick(share))
+            for end in ("top", "bottom"):
+                pairs = found["spectrum"][end]
+                found[end] = pairs[0]["value"] if pairs and pairs[0]["converged"] else None
+            found["rise_found"] = found["rise"]["rises"][0]["at_least"]
+            return found
+
+        return key, work, measure
+
+    def _forgetting(
+        self, subject: Subject, speed: float
+    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+        config = self.config
+        wanted = ForgettingConfig(
+            onto=config.onto,
+            steps=config.forgetting_steps,
+            warmup=min(50, config.forgetting_steps // 3),
+            lr=config.forgetting_lr,
+            optimizer=config.forgetting_optimizer,
+            eval_tokens=config.eval_tokens,
+            seed=config.seed,
+            device=config.device,
+        )
+        trained = config.forgetting_steps * wanted.batch_size * subject.context_length
+        work = (trained + 11 * 2 * config.eval_tokens / 3) / speed
+
+        def measure(tick: Tick) -> Found:
+            def step(at: Mapping[str, Any]) -> None:
+                tick(at["step"] / at["steps"])
+
+            return forget(subject, config.onto, wanted, step)
+
+        return experiment(subject, wanted), work, measure
+
+    def _spectrum(
+        self, subject: Subject, speed: float
+    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+        wanted = SpectrumConfig(
+            length=self.config.spectrum_length,
+            parts="a,b",
+            quantiles=(0.5,),
+            seed=self.config.seed,
+            device="cpu" if self.config.device == "auto" else self.config.device,
+        )
+        tokens = tokens_of(subject, wanted)
+        settings = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
+        del settings["out"], settings["device"]
+        key = {"fingerprint": tokens.fingerprint, **settings}
+        layers = subject.settings["model"]["num_layers"]
+        work = SEQUENCES * layers * tokens.tokens / speed
+
+        def measure(tick: Tick) -> Found:
+            found = spectrum_of(subject, tokens, wanted, lambda share, _: tick(share))
+            gains = persistence_of(found)
+            by_name = {"frozen": gains["a"]["0"], "full": gains.get("b", gains["a"])["0"]}
+            later = [value_of(log) for log in by_name["frozen"]["layers"][1:]]
+            known = [value for value in later if value is not None]
+            return {
+                "spectra": found,
+                "persistence_later": math.fsum(known)
+                if known and len(known) == len(later)
+                else None,
+                "persistence": by_name,
+                "persistence_value": {n: value_of(g["total"]) for n, g in by_name.items()},
+            }
+
+        return key, work, measure
+
+
+def _tokens_per_second(subject: Subject) -> float:
+    """Tokens/s of a loss with its gradient, the best of some tries: the first ones warm up."""
+    length = subject.context_length
+    ids = token_set(subject, tokens=8 * length).ids.to(subject.device)
+    took = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        logits = subject.model(ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        weights = [p for p in subject.model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, weights, allow_unused=True)
+        took = min(took, time.perf_counter() - began)
+    return ids[:, 1:].numel() / took

@@ -1,0 +1,1 @@
+"""`polyak report`: the course of runs."""

@@ -1,0 +1,1 @@
+"""`polyak sharpness`: the Hessian of runs."""

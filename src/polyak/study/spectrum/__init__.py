@@ -1,0 +1,1 @@
+"""`polyak spectrum`: singular values of the layers' Jacobians of runs."""

@@ -1,0 +1,88 @@
+"""`RunConfig`: one run — model, recipe, data and device. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from polyak.errors import ConfigError, unknown
+from polyak.nn.config import ModelConfig
+from polyak.settings import check_keys
+from polyak.training.config.training import TrainingConfig
+
+Device = Literal["auto", "cpu", "cuda"]
+Parallel = Literal["auto", "none", "ddp", "fsdp"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that defines one run.
+
+    Raises:
+        ConfigError: a field cannot work; the message names it, its value and the fix.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    corpus: str = "stdlib"
+    """A corpus by name, see `polyak prepare --help`, or a path to text files, a folder, JSONL or
+    Parquet."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL and Parquet."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe-N` trained on the corpus with N tokens, `gpt2`, or the path of a tokenizer."""
+    init: str | None = None
+    """A finished run whose weights training starts from; None: weights are drawn."""
+    device: Device = "auto"
+    """`cuda` trains under bfloat16 autocast, `cpu` in float32; `auto` takes CUDA if there is."""
+    parallel: Parallel = "auto"
+    """How processes started by torchrun share the work: `ddp` copies the model, `fsdp` shards it;
+    `auto`: ddp with several processes."""
+    trackers: tuple[str, ...] = ()
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's own choice."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("device", Device), ("parallel", Parallel)):
+            if getattr(self, name) not in get_args(kind):
+                raise unknown(name, str(getattr(self, name)), get_args(kind))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise unknown("tracker", str(tracker), TRACKERS)
+        threads = self.threads
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads={threads!r} must be a whole number of at least 1, or none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **values,
+            "model": self.model.to_dict(),
+            "training": self.training.to_dict(),
+            "trackers": list(self.trackers),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Back from `to_dict`.
+
+        Raises:
+            UnknownNameError: a key is not a field; the nearest is offered.
+        """
+        check_keys(cls, values, "run setting")
+        for name in ("model", "training"):
+            if not isinstance(values.get(name), Mapping):
+                raise ConfigError(f"{name}={values.get(name)!r} must be the settings of the {name}")
+        return cls(
+            **{
+                **values,
+                "model": ModelConfig.from_dict(values["model"]),
+                "training": TrainingConfig.from_dict(values["training"]),
+            }
+        )
