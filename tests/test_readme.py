@@ -45,9 +45,27 @@ def test_the_table_of_rules_is_what_the_command_prints():
     assert len(listed) == len(rules.names())
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+"""Everything written for readers."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
+def test_linked_files_and_headings_exist(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert linked.suffix != ".html", f"{target} is drawn by a script: link its data"
+        if heading:
+            assert heading in headings(linked), target
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a Markdown file's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("marker", ["compare --quick", "pytest"])
