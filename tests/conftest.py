@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from polyak import ModelConfig, Transformer
-from polyak.rules import UpdateRule, _registry, register
+from polyak.rules import UpdateRule, register
+from polyak.rules._registry import RULES
 
 Build = Callable[..., Transformer]
 
@@ -72,15 +73,15 @@ def tiny_model(tiny_config: Callable[..., ModelConfig]) -> Build:
 @pytest.fixture
 def registered() -> Iterator[Callable[[str, type[UpdateRule]], str]]:
     """Registers a rule for one test: `registered("mine", Mine)` returns its name."""
-    before = dict(_registry._registered)
+    before = dict(RULES._registered)
 
     def add(name: str, rule: type[UpdateRule]) -> str:
         register(name)(rule)
         return name
 
     yield add
-    _registry._registered.clear()
-    _registry._registered.update(before)
+    RULES._registered.clear()
+    RULES._registered.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,10 @@ class RuleError(PolyakError):
     """A rule that does not load, does not define what a rule must, or misuses its declarations."""
 
 
+class AttentionError(PolyakError):
+    """A kind of attention that does not load, or does not define what a kind must."""
+
+
 class DataError(PolyakError):
     """A corpus, tokenizer or token shard that is missing, empty, binary, too short or corrupt."""
 

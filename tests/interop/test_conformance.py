@@ -70,7 +70,7 @@ class Vector:
 
 
 def test_every_built_in_rule_has_a_vector() -> None:
-    assert {Vector(name).config.rule for name in VECTORS} == set(rules._registry._builtin_names())
+    assert {Vector(name).config.rule for name in VECTORS} == set(rules._registry.RULES.own_names)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

@@ -31,7 +31,7 @@ def _forget_compiled_code() -> Iterator[None]:
 
 def check(rule: str, backend: str, tiny_model: Build) -> None:
     model = tiny_model(rule)
-    whole = rule in rules._registry._builtin_names() and rule not in WITH_BREAKS
+    whole = rule in rules._registry.RULES.own_names and rule not in WITH_BREAKS
     block = model.blocks[0]
     compiled = torch.compile(block, backend=backend, fullgraph=whole)
     x, state = model.start(torch.randint(11, (2, 7)))

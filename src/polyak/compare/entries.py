@@ -18,7 +18,7 @@ from pathlib import Path
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
 from polyak.nn.rule_text import parse_rule
-from polyak.rules._registry import source_of
+from polyak.registry import source_of
 from polyak.settings import replace_all
 
 

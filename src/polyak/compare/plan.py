@@ -239,7 +239,7 @@ def corpus_summary(plan: Plan) -> dict[str, object]:
 
 def rule_hash(model: ModelConfig) -> str | None:
     """SHA-256 of the user's rule file, if the rule comes from one."""
-    from polyak.rules._registry import source_of
+    from polyak.registry import source_of
 
     source: Path | None = source_of(model.rule)
     return sha256_of(source) if source else None

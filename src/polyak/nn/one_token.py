@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak import ops
+from polyak.nn.attention import Attention
+from polyak.nn.attention.softmax import SoftmaxAttention
 from polyak.nn.cache import KeyValueCache
+from polyak.nn.mlp import MLP
 from polyak.nn.one_vector import is_large, product
-from polyak.nn.oracles import MLP, Attention
 from polyak.nn.rotary import rotary_table
 from polyak.nn.splitting import SUBSTEPS
 from polyak.nn.transformer import Embedding, Transformer
@@ -82,7 +84,7 @@ class OneToken:
         for block in model.blocks:
             attention: Any = block.attention
             mlp: Any = block.mlp
-            if type(attention) is not Attention or type(mlp) is not MLP:
+            if type(attention) is not SoftmaxAttention or type(mlp) is not MLP:
                 return False
             if type(attention.norm) not in norms or type(mlp.norm) not in norms:
                 return False

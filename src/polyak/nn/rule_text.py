@@ -16,7 +16,7 @@ from typing import Any
 from polyak import rules
 from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
-from polyak.rules._registry import source_of
+from polyak.registry import source_of
 from polyak.settings import parse_free
 
 

@@ -12,9 +12,10 @@ from functools import partial
 
 from torch import Tensor
 
+from polyak.nn.attention import Attention
 from polyak.nn.config import Splitting
 from polyak.nn.context import Context
-from polyak.nn.oracles import MLP, Attention
+from polyak.nn.mlp import MLP
 from polyak.rules import Oracle
 
 SUBSTEPS: dict[Splitting, tuple[str, ...]] = {

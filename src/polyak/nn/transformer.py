@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak import rules
+from polyak.nn import attention
 from polyak.nn.cache import Cache
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context, context_of
+from polyak.nn.mlp import MLP
 from polyak.nn.norms import norm
-from polyak.nn.oracles import MLP, Attention
 from polyak.nn.splitting import SUBSTEPS, oracle_of
 from polyak.rules import State, Stream, UpdateRule
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         rule = rules.get(config.rule)
-        self.attention = Attention(config)
+        self.attention = attention.get("softmax")(config)
         self.mlp = MLP(config)
         self.rules = nn.ModuleDict(
             {

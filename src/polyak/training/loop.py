@@ -21,7 +21,7 @@ from polyak.data.prepare import Prepared, prepare
 from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
-from polyak.rules._registry import source_of
+from polyak.registry import source_of
 from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
 from polyak.training.initial import identity, initial_weights

@@ -296,7 +296,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def _warn_of_other_rule(rule: str, recorded: Any, folder: Path) -> None:
     """Say so if the user's rule file is no longer what the model was trained with."""
-    from polyak.rules._registry import source_of
+    from polyak.registry import source_of
 
     file, settings = source_of(rule), recorded.get("settings", {})
     trained_with = settings.get("rule_source")

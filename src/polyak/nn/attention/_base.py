@@ -1,38 +1,34 @@
-r"""Oracles: attention and the MLP, each with the pre-norm in front of it.
+r"""`Attention`: projections, norms and positions around what a kind of attention computes.
 
-O(x) = attention(LN x) or mlp(LN x), (B, T, d) → (B, T, d); an update rule adds it to the
-residual stream in its own way.
+O(x) = attention(LN x), (B, T, d) → (B, T, d); an update rule adds it to the residual stream in
+its own way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyak.nn.config import Activation, ModelConfig
+from polyak.errors import AttentionError
+from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 from polyak.nn.norms import head_norm, norm
 from polyak.nn.rotary import rotary_table, rotate
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
 
 class Attention(nn.Module):
-    r"""Multi-head softmax attention of LN(x), with fused query, key and value projections.
+    r"""Multi-head attention of LN(x), with fused query, key and value projections.
 
-    softmax(QKᵀ/√D) V per head, causal if the model is. H query heads share H_kv heads of keys
+    What is common to all kinds; a kind defines `attend`. H query heads share H_kv heads of keys
     and values, H/H_kv neighbours each; with rotary positions, queries and keys are turned, after
     their own norms where there are any. Weights qkv ((H + 2H_kv)·D, d), queries first, then keys,
     then values; and out (d, H·D).
     """
+
+    name: ClassVar[str] = ""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,32 +54,8 @@ class Attention(nn.Module):
             table = self._table(x, context)
             q, k = rotate(q, table), rotate(k, table)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        y = self._attend(q, k, v, context, dropout)
+        y = self.attend(q, k, v, context, dropout)
         return F.dropout(self.out(y.transpose(1, 2).flatten(-2)), dropout)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context | None, dropout: float
-    ) -> Tensor:
-        mask, causal = None, self.causal
-        if context is not None:
-            k, v = context.extend(k, v)
-            mask, causal = context.mask, causal and context.mask is None and not context.past
-        if self.num_kv_heads == self.num_heads:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
-            )
-        if q.shape[2] == 1:  # one token: the heads of a group are queries of one head
-            y = F.scaled_dot_product_attention(
-                q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim),
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-            )
-            return y.reshape(q.shape)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
-        )
 
     def _table(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines of these tokens' positions, the same in every layer of a pass."""
@@ -99,25 +71,19 @@ class Attention(nn.Module):
             context.rotary = table
         return table
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context | None, dropout: float
+    ) -> Tensor:
+        """What each query reads.
 
-class MLP(nn.Module):
-    """down(act(up(LN x))), or down(act(gate(LN x)) · up(LN x)) where the MLP is gated."""
+        Args:
+            q: queries (B, H, T, D).
+            k: keys (B, H_kv, T, D).
+            v: values (B, H_kv, T, D).
+            context: padding and what is cached; None for whole sequences.
+            dropout: probability of dropping attention weights.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, width = config.d_model, config.hidden_width
-        self.dropout = config.dropout
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm = norm(config)
-        self.gate = nn.Linear(d, width, bias=config.bias) if config.mlp == "gated" else None
-        self.up = nn.Linear(d, width, bias=config.bias)
-        self.down = nn.Linear(width, d, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        x = self.norm(x)
-        if self.gate is None:
-            y = self.activation(self.up(x))
-        else:
-            y = self.activation(self.gate(x)) * self.up(x)
-        return F.dropout(self.down(y), self.dropout, self.training)
+        Returns:
+            (B, H, T, D).
+        """
+        raise AttentionError(f"{type(self).__name__} defines no attend(self, q, k, v, ...)")
