@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 Rule = TypeVar("Rule", bound="type[UpdateRule]")
 
 
-def _base() -> type[UpdateRule]:
+def _root() -> type[UpdateRule]:
     from polyak.rules._base import UpdateRule
 
     return UpdateRule
 
 
-RULES = Registry("rule", "polyak.rules", "polyak.rules", _base, RuleError, first="gradient_descent")
+RULES = Registry("rule", "polyak.rules", "polyak.rules", _root, RuleError, first="gradient_descent")
 names, get = RULES.names, RULES.get
 
 

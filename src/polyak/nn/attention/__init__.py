@@ -20,14 +20,14 @@ Kind = TypeVar("Kind", bound="type[Attention]")
 __all__ = ["Attention", "get", "names", "register"]
 
 
-def _base() -> type[Attention]:
+def _root() -> type[Attention]:
     from polyak.nn.attention._base import Attention
 
     return Attention
 
 
 KINDS = Registry(
-    "attention", "polyak.nn.attention", "polyak.attention", _base, AttentionError, first="softmax"
+    "attention", "polyak.nn.attention", "polyak.attention", _root, AttentionError, first="softmax"
 )
 names, get = KINDS.names, KINDS.get
 
@@ -49,5 +49,5 @@ def register(name: str) -> Callable[[Kind], Kind]:
 
 def __getattr__(name: str) -> Any:
     if name == "Attention":
-        return _base()
+        return _root()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
