@@ -24,7 +24,7 @@ seeds) 96% of the time; the paired t, which has two degrees of freedom there, 85
 Pooling the noise assumes that entries are about equally noisy, which published seeds contradict
 (gradient descent's s.d. twice that of triple momentum), so with more than one comparison s_p^2 and
 s_u^2 are never below n/(n-1) times the same quantity computed from the pair alone, nor below
-n/(n-1) times its average over the baseline's pairs. Simulated in `tests/study/test_verdict.py`
+n/(n-1) times its average over the baseline's pairs. Simulated in `tests/statistics/test_verdict.py`
 with 3 seeds: at most 5% false winners for equal noise (2% with eight entries) and t5 tails, 4.9%
 when the baseline's s.d. is twice the others', 6.4% when it is three times.
 """

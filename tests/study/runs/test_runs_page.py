@@ -22,7 +22,7 @@ from polyak.study.runs.page import render, report, sentence
 from polyak.training.runs.finding import find_runs, short_names
 from polyak.training.runs.metrics import MetricsLog
 from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
-from tests.study.run_logs import TOKENS, write_run
+from tests.study.runs.run_logs import TOKENS, write_run
 
 RESUMED = (
     ("cut", {"step": 80, "until": 120}),

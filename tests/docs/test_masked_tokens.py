@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_runs import environment
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_masked_token_example_trains_two_rules(tmp_path: Path) -> None:

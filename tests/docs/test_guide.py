@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import environment
 
-GUIDE = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)
 NEEDS = {
     "--tasks": "lm_eval",
@@ -37,7 +37,7 @@ def test_the_guide_goes_from_training_to_sharing() -> None:
     places = [text.index(step) for step in steps]
     assert places == sorted(places)
     for target in re.findall(r"\]\(([\w.]+\.md)\)", GUIDE):
-        assert (Path(__file__).parents[1] / "docs" / target).exists(), target
+        assert (Path(__file__).parents[2] / "docs" / target).exists(), target
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from polyak import rules
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from polyak import ModelConfig, Transformer, load_run
 from polyak.nn.cost import cost
 from polyak.rules import get
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "my_rule.py"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_rule.py"
 
 
 def test_the_example_is_short_and_complete() -> None:

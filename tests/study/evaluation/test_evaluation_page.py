@@ -13,7 +13,9 @@ from polyak.errors import ConfigError, RunError
 from polyak.evaluation.config import EvaluateConfig, ForgettingConfig, corpora_of
 from polyak.report.tables import as_text
 from polyak.study.evaluation import measure as evaluation
+from polyak.study.evaluation import page as evaluation_page
 from polyak.study.forgetting import measure as forgetting
+from polyak.study.forgetting import page as forgetting_page
 from polyak.training.loop import train
 from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
@@ -61,8 +63,8 @@ def test_a_heading_is_not_folded_to_the_width_of_a_narrow_table(work: Path) -> N
     config = EvaluateConfig(tokens=512, device="cpu", out=work / "one")
     run = work / "runs" / "gradient_descent"
     results = evaluation.evaluate([run], config, command="polyak evaluate run")
-    text = as_text(evaluation.tables(results))
-    title = evaluation.title_of(results["runs"][0]["corpora"][0])
+    text = as_text(evaluation_page.tables(results))
+    title = evaluation_page.title_of(results["runs"][0]["corpora"][0])
     assert len(title) <= 80
     assert title in text.splitlines()
     assert "difference" not in text  # there is nothing to differ from
@@ -87,7 +89,7 @@ def test_every_number_of_the_evaluation_is_on_the_page_and_in_80_columns(
             assert f"{found['perplexity']['value']:.3f}" in text
     for figure in ("corpora", "position-0", "position-1", "entropy-nats", "entropy-relative"):
         assert f'id="{figure}-title"' in page
-    shown = as_text(evaluation.tables(evaluated))
+    shown = as_text(evaluation_page.tables(evaluated))
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
     first, second = evaluated["runs"]
@@ -130,7 +132,7 @@ def test_forgetting_is_on_the_page_and_in_80_columns(work: Path, forgotten: dict
         value = run["forgetting"]
         shown = f"{value['value']:.4f} ± {value['se']:.4f}".replace("-", "−")
         assert shown in Page(page).text
-    shown = as_text(forgetting.tables(forgotten))
+    shown = as_text(forgetting_page.tables(forgotten))
     assert max(map(len, shown.splitlines())) <= 80
     # trained with Muon and with AdamW: not to be compared
     assert forgotten["warnings"][0].startswith("The runs were trained with different optimizers")
