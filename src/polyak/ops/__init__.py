@@ -1,4 +1,4 @@
-"""Numerics shared by the rules and the optimizers: a plain reference beside every fast form.
+"""Numerics shared by rules, attention and optimizers: a plain reference beside every fast form.
 
 `reference_forms()` makes every op use its plain equation instead of its fast form; both agree in
 value and gradient.
@@ -6,6 +6,20 @@ value and gradient.
 
 from __future__ import annotations
 
+from polyak.ops.attention.feature_maps import FEATURE_MAPS
+from polyak.ops.attention.linear import (
+    linear_attention,
+    linear_attention_recurrent,
+    linear_attention_step,
+    linear_attention_with_state,
+)
+from polyak.ops.attention.momentum import (
+    momentum_attention,
+    momentum_attention_recurrent,
+    momentum_attention_step,
+    momentum_attention_with_state,
+)
+from polyak.ops.attention.options import AttentionOptions, AttentionState
 from polyak.ops.gram import gram_ema, gram_ema_flops
 from polyak.ops.inverse_sqrt import inverse_sqrt_apply, inverse_sqrt_apply_flops
 from polyak.ops.linear_cross_entropy import linear_cross_entropy
@@ -38,7 +52,10 @@ from polyak.ops.reference import (
 from polyak.ops.rms_norm import momentum_rms_norm, rms_norm
 
 __all__ = [
+    "FEATURE_MAPS",
     "PAIRS",
+    "AttentionOptions",
+    "AttentionState",
     "Pair",
     "axpby",
     "axpby_reference",
@@ -57,8 +74,16 @@ __all__ = [
     "inverse_sqrt_apply_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear_attention",
+    "linear_attention_recurrent",
+    "linear_attention_step",
+    "linear_attention_with_state",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "momentum_attention",
+    "momentum_attention_recurrent",
+    "momentum_attention_step",
+    "momentum_attention_with_state",
     "momentum_norm",
     "momentum_norm_reference",
     "momentum_rms_norm",
