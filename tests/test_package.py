@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
     info = f"polyak-{polyak.__version__}.dist-info"
     assert {name for name in held if not name.startswith(info)} == wanted
     assert "polyak/py.typed" in held
-    assert any(name.startswith("polyak/study/templates/") for name in held)
+    assert any(name.startswith("polyak/report/templates/") for name in held)
     assert f"{info}/licenses/LICENSE" in held
 
 

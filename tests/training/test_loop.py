@@ -82,7 +82,8 @@ def test_weights_after_several_steps_hardly_depend_on_the_micro_batch(corpus: Pa
     whole, cut = ([p.detach() for p in each.parameters] for each in found)
     start = [p.detach() for p in trainer(corpus).parameters]
     for a, b, s in zip(whole, cut, start, strict=True):
-        assert (a - b).norm() <= 1e-3 * (a - s).norm()
+        # a scalar may have gone forth and back: its path is longer than the way that is left
+        assert (a - b).norm() <= 1e-3 * (a - s).norm() + 1e-6
 
 
 def test_large_gradients_are_scaled_to_the_clip_and_small_ones_left_alone(corpus: Path) -> None:

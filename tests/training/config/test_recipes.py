@@ -129,7 +129,7 @@ def test_quick_is_what_compare_trains(corpus: Path) -> None:
 
 def test_loading_a_recipe_imports_no_torch() -> None:
     program = (
-        "import sys\nfrom polyak.training import recipes\n"
+        "import sys\nfrom polyak.training.config import recipes\n"
         "for name in recipes.names(): recipes.load(name)\n"
         "print('torch' in sys.modules)"
     )
