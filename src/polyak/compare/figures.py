@@ -12,12 +12,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from polyak.report.curves import UNITS, difference_curves, loss_curves
-from polyak.report.figures import SIZE, scalar_depth, scalar_names, single
+from polyak.report.figures import SIZE, Panel, drawn, rows_axes, scalar_panels
 from polyak.report.svg import LIGHT, PALETTE, color, house_style, styles
 
 
@@ -51,13 +51,8 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
             color=color("ink"),
             bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
         )
-    axes.set_ylim(len(rows) - 0.5, -0.95)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("difference from baseline (nats/token); left is better")
+    label = "difference from baseline (nats/token); left is better"
+    rows_axes(axes, -0.95, len(rows) - 0.5, label)
     return True
 
 
@@ -98,39 +93,19 @@ def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
 # All of them
 
 
-def all_figures(results: Mapping[str, Any]) -> dict[str, str]:
+def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
-    made = {
-        f"loss-{axis}": single(
-            f"loss-{axis}",
-            f"Validation loss against {UNITS[axis]}",
-            lambda axes, axis=axis: loss_curves(axes, results, axis),  # type: ignore[misc]
-        )
+    panels = [
+        Panel(f"loss-{axis}", f"Validation loss against {UNITS[axis]}", loss_curves, (axis,))
         for axis in ("tokens", "flops", "seconds")
-    }
+    ]
     rows = sum(bool(entry.get("difference")) for entry in results["entries"])
-    made["forest"] = single(
-        "forest",
-        "Differences from the baseline with 95% intervals",
-        lambda axes: forest(axes, results),
-        (SIZE[0], max(1.6, 0.75 + 0.5 * rows)),
-    )
-    made["differences"] = single(
-        "differences",
-        "Difference from the baseline against training tokens",
-        lambda axes: difference_curves(axes, results),
-    )
-    for index, name in enumerate(scalar_names(results)):
-        made[f"scalar-{name}"] = single(
-            f"scalar-{index}",
-            f"Learned scalar {name} by layer",
-            lambda axes, name=name: scalar_depth(axes, results, name),  # type: ignore[misc]
-            (SIZE[0], 2.6),
-        )
-    made["sweep"] = single(
-        "sweep", "Validation loss against the swept value", lambda axes: sweep(axes, results)
-    )
-    return {name: svg for name, svg in made.items() if svg}
+    title = "Differences from the baseline with 95% intervals"
+    panels.append(Panel("forest", title, forest, (), (SIZE[0], max(1.6, 0.75 + 0.5 * rows))))
+    title = "Difference from the baseline against training tokens"
+    panels.append(Panel("differences", title, difference_curves))
+    panels.append(Panel("sweep", "Validation loss against the swept value", sweep))
+    return drawn(results, [*panels, *scalar_panels(results)])
 
 
 def picture(results: Mapping[str, Any]) -> bytes:

@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from polyak.compare import figures
 from polyak.files import write_atomic
-from polyak.report import svg
 from polyak.report.figures import scalar_names
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw, keys_of
 from polyak.words import loss_places
 
 
@@ -25,32 +22,25 @@ def render(results: Mapping[str, Any]) -> str:
     Args:
         results: a comparison in results.json's schema; runs may be missing, running or failed.
     """
-    entries = results["entries"]
-    keys = {name: Markup(svg.key(s)) for name, s in svg.styles(results).items()}
-    scalars = scalar_names(results)
+    entries, keys = results["entries"], keys_of(results)
     sweeps = [entry for entry in entries if entry.get("sweep")]
     settings = {k: v for k, v in results["settings"].items() if k not in ("model", "training")}
-    return (
-        environment()
-        .get_template("comparison.html")
-        .render(
-            r={"statistics": None, **results},
-            entries=entries,
-            keys=keys,
-            figures={name: Markup(svg) for name, svg in figures.all_figures(results).items()},
-            places=loss_places(results),
-            failed=[run for run in results["runs"] if run["status"] == "failed"],
-            waiting=[run for run in results["runs"] if run["status"] not in ("finished", "failed")],
-            scalars=scalars,
-            scalar_keys={e["name"]: keys[e["name"]] for e in entries if e.get("scalars")},
-            sweeps=sweeps,
-            sweep_keys={e["name"]: keys[e["name"]] for e in sweeps},
-            edge=[e["name"] for e in sweeps if e["sweep"]["at_edge"]],
-            groups=sorted({g for e in entries for g in e.get("parameter_groups") or {}}),
-            equations={e["rule"]: e["equation"] for e in entries if e.get("equation")},
-            comparison=list(settings.items()),
-            machine=machine_of(results),
-        )
+    return draw(
+        "comparison.html",
+        {"statistics": None, **results},
+        entries=entries,
+        figures=figures.all_figures(results),
+        places=loss_places(results),
+        failed=[run for run in results["runs"] if run["status"] == "failed"],
+        waiting=[run for run in results["runs"] if run["status"] not in ("finished", "failed")],
+        scalars=scalar_names(results),
+        scalar_keys={e["name"]: keys[e["name"]] for e in entries if e.get("scalars")},
+        sweeps=sweeps,
+        sweep_keys={e["name"]: keys[e["name"]] for e in sweeps},
+        edge=[e["name"] for e in sweeps if e["sweep"]["at_edge"]],
+        groups=sorted({g for e in entries for g in e.get("parameter_groups") or {}}),
+        equations={e["rule"]: e["equation"] for e in entries if e.get("equation")},
+        comparison=list(settings.items()),
     )
 
 

@@ -13,7 +13,7 @@ from polyak.compare.plan import Plan, corpus_summary, rule_hash
 from polyak.compare.pool import Job
 from polyak.nn.cost import cost
 from polyak.statistics.verdict import complete
-from polyak.training.machine import commit, environment, now
+from polyak.training.machine import heading, now
 from polyak.training.runs.folder import RunFolder
 
 FORMAT = 1
@@ -49,14 +49,10 @@ def gather(
     ]
     done = all(run["status"] in ("finished", "failed") for run in runs)
     results: dict[str, Any] = {
-        "format": FORMAT,
-        "kind": "comparison",
-        "status": "complete" if done else "partial",
+        **heading(
+            "comparison", FORMAT, command, status="complete" if done else "partial", updated=now()
+        ),
         "created": created,
-        "updated": now(),
-        "command": command,
-        "commit": commit(),
-        **environment(),
         "corpus": corpus_summary(plan),
         "settings": {
             "model": _shared_model(plan),

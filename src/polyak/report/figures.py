@@ -1,12 +1,13 @@
-"""What figures of every page share: panel size, one panel as SVG, learned scalars along depth."""
+"""What figures of every page share: panels and their SVG, learned scalars along depth."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,9 +15,30 @@ from matplotlib.ticker import MaxNLocator
 from polyak.report.svg import color, house_style, styles, to_svg
 
 SIZE = (5.0, 3.6)  # inches of 72 units: 360 wide, so that a phone shows text at its true size
+LOW = (SIZE[0], 2.6)
 
 
 GREEK = "alpha|beta|gamma|delta|eta|kappa|lambda|mu|nu|rho|sigma|tau"
+
+
+class Panel(NamedTuple):
+    """A figure of a page.
+
+    Attributes:
+        name: by which the page's template finds it.
+        title: for those who cannot see it.
+        draw: draws on axes, given them, the results and `arguments`; False for nothing to draw.
+        arguments: see `draw`.
+        size: in inches.
+        svg: what its ids begin with; `name` if None.
+    """
+
+    name: str
+    title: str
+    draw: Callable[..., bool]
+    arguments: tuple[Any, ...] = ()
+    size: tuple[float, float] = SIZE
+    svg: str | None = None
 
 
 def scalar_names(results: Mapping[str, Any]) -> list[str]:
@@ -70,12 +92,30 @@ def symbol(name: str) -> str:
     return f"$\\{parts[1]}{index}$"
 
 
-def single(
-    name: str, title: str, draw: Callable[[Axes], bool], size: tuple[float, float] = SIZE
-) -> str | None:
-    """One panel as SVG; None if `draw` found nothing to draw."""
-    with house_style(11):
-        figure = Figure(figsize=size, layout="constrained")
-        if not draw(figure.subplots()):
-            return None
-        return to_svg(figure, name, title)
+def scalar_panels(results: Mapping[str, Any]) -> Iterator[Panel]:
+    """A panel for every learned scalar, by depth."""
+    for index, name in enumerate(scalar_names(results)):
+        title = f"Learned scalar {name} by layer"
+        yield Panel(f"scalar-{name}", title, scalar_depth, (name,), LOW, f"scalar-{index}")
+
+
+def rows_axes(axes: Axes, top: float, bottom: float, label: str) -> None:
+    """Axes whose rows are named beside them: no vertical scale, and round numbers below."""
+    axes.set_ylim(bottom, top)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_xlabel(label)
+
+
+def drawn(results: Mapping[str, Any], panels: Iterable[Panel]) -> dict[str, Markup]:
+    """The panels that have something to show, as SVG by name."""
+    made = {}
+    for panel in panels:
+        with house_style(11):
+            figure = Figure(figsize=panel.size, layout="constrained")
+            if panel.draw(figure.subplots(), results, *panel.arguments):
+                made[panel.name] = Markup(to_svg(figure, panel.svg or panel.name, panel.title))
+    return made

@@ -7,7 +7,7 @@ its figures as inline SVG that follow the reader's light or dark setting.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from polyak.errors import RunError
-from polyak.files import read_json
+from polyak.files import read_json, write_atomic, write_json
 from polyak.report import svg
 from polyak.words import (
     NONE,
@@ -81,6 +81,26 @@ def check_out(out: Path, kind: str) -> None:
             f"{out} holds the results of another command ({there or 'unknown'}); "
             "choose another --out"
         )
+
+
+def save(out: Path, results: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write results.json and the page that `page` draws of it, each all or nothing."""
+    write_json(out / "results.json", results)
+    write_atomic(out / "report.html", page(results))
+
+
+def draw(template: str, results: Mapping[str, Any], **more: Any) -> str:
+    """A page: a template with the results as `r`, the entries' keys, the machine, and `more`."""
+    return (
+        environment()
+        .get_template(template)
+        .render(r=results, keys=keys_of(results), machine=machine_of(results), **more)
+    )
+
+
+def keys_of(results: Mapping[str, Any]) -> dict[str, Markup]:
+    """A sample of every entry's line and marker, by name."""
+    return {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
 
 
 def breakable(text: str) -> Markup:

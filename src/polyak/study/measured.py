@@ -20,7 +20,8 @@ from polyak.errors import RunError
 from polyak.evaluation.subjects import Subject, TokenSet
 from polyak.files import locked, make_folder, read_json, write_atomic, write_json
 from polyak.report.pages import check_out
-from polyak.training.machine import commit, environment, now
+from polyak.report.pages import save as write_results
+from polyak.training.machine import heading, now
 
 FORMAT = 1
 Found = dict[str, Any]
@@ -101,8 +102,7 @@ def measure_runs(
             write_atomic(out / "report.html", measurement.render(results))
         results["status"] = "complete"
         results["updated"] = now()
-        write_json(out / "results.json", results)
-        write_atomic(out / "report.html", measurement.render(results))
+        write_results(out, results, measurement.render)
     return results
 
 
@@ -110,13 +110,7 @@ def _begin(
     measurement: Measurement, subjects: Sequence[Subject], sets: Sequence[TokenSet], command: str
 ) -> dict[str, Any]:
     return {
-        "format": FORMAT,
-        "kind": measurement.kind,
-        "status": "partial",
-        "created": now(),
-        "command": command,
-        "commit": commit(),
-        **environment(),
+        **heading(measurement.kind, FORMAT, command, status="partial"),
         "settings": dict(measurement.settings),
         "baseline": subjects[0].name,
         "entries": [{"name": subject.name} for subject in subjects],

@@ -83,6 +83,26 @@ def _memory_bytes() -> int | None:
         return None
 
 
+def heading(kind: str, form: int, command: str, **more: Any) -> dict[str, Any]:
+    """How every results.json begins: what it is, and when and on what it was made.
+
+    Args:
+        kind: of the results.
+        form: of the file.
+        command: the command line that repeats it.
+        more: comes after `kind`.
+    """
+    return {
+        "format": form,
+        "kind": kind,
+        **more,
+        "created": now(),
+        "command": command,
+        "commit": commit(),
+        **environment(),
+    }
+
+
 def now() -> str:
     """The time, ISO 8601, UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ from polyak.files import make_folder, write_json
 from polyak.report.pages import check_out
 from polyak.report.tables import house_table
 from polyak.study.evaluation.measure import about
-from polyak.training.machine import commit, environment, now
+from polyak.training.machine import heading
 from polyak.words import folded, with_error
 
 KIND = "downstream"
@@ -51,13 +51,7 @@ def downstream(
     loaded = Tasks(tasks, shots=shots, limit=limit, folder=folder)
     make_folder(out)
     results: dict[str, Any] = {
-        "format": 1,
-        "kind": KIND,
-        "status": "partial",
-        "created": now(),
-        "command": command,
-        "commit": commit(),
-        **environment(),
+        **heading(KIND, 1, command, status="partial"),
         "tasks": list(tasks),
         "limit": limit,
         "runs": [],

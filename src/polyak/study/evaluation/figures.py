@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from polyak.report.figures import SIZE, single
+from polyak.report.figures import SIZE, Panel, drawn, rows_axes
 from polyak.report.svg import color, styles
 
 POINTS = 32
@@ -39,13 +39,7 @@ def by_corpus(axes: Axes, results: Mapping[str, Any]) -> bool:
             va="bottom",
             color=color("ink"),
         )
-    axes.set_ylim(len(corpora) - 0.5, -0.75)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("bits/byte; left is better")
+    rows_axes(axes, -0.75, len(corpora) - 0.5, "bits/byte; left is better")
     return True
 
 
@@ -114,24 +108,12 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
     corpora = results["runs"][0]["corpora"]
     rows = len(corpora) * max(1.0, 0.22 * len(results["runs"]))
-    made = {
-        "corpora": single(
-            "corpora",
-            "Bits per byte by corpus",
-            lambda axes: by_corpus(axes, results),
-            (SIZE[0], 1.0 + 0.6 * rows),
-        )
-    }
+    size = (SIZE[0], 1.0 + 0.6 * rows)
+    panels = [Panel("corpora", "Bits per byte by corpus", by_corpus, (), size)]
     for place, found in enumerate(corpora):
-        made[f"position-{place}"] = single(
-            f"position-{place}",
-            f"Loss by position on {found['name']}",
-            lambda axes, p=place: along_blocks(axes, results, p),  # type: ignore[misc]
-        )
+        title = f"Loss by position on {found['name']}"
+        panels.append(Panel(f"position-{place}", title, along_blocks, (place,)))
     for name in ("nats", "relative"):
-        made[f"entropy-{name}"] = single(
-            f"entropy-{name}",
-            f"Entropy of attention by layer and head, {name}",
-            lambda axes, n=name: entropy(axes, results, n),  # type: ignore[misc]
-        )
-    return {name: Markup(svg) for name, svg in made.items() if svg}
+        title = f"Entropy of attention by layer and head, {name}"
+        panels.append(Panel(f"entropy-{name}", title, entropy, (name,)))
+    return drawn(results, panels)

@@ -19,11 +19,10 @@ from polyak.evaluation.losses import (
     token_losses,
 )
 from polyak.evaluation.subjects import Subject, load_subjects, token_set
-from polyak.files import make_folder, write_atomic, write_json
-from polyak.report.pages import check_out
+from polyak.files import make_folder, write_json
+from polyak.report.pages import check_out, save
 from polyak.study.evaluation.page import render
-from polyak.training.machine import commit, now
-from polyak.training.machine import environment as this_environment
+from polyak.training.machine import heading
 from polyak.words import listed
 
 FORMAT = 1
@@ -78,13 +77,7 @@ class _Evaluation:
         self.parts, self.done = len(subjects) * len(self.corpora) + entropies, 0
         settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(EvaluateConfig)}
         self.results: dict[str, Any] = {
-            "format": FORMAT,
-            "kind": KIND,
-            "status": "partial",
-            "created": now(),
-            "command": command,
-            "commit": commit(),
-            **this_environment(),
+            **heading(KIND, FORMAT, command, status="partial"),
             "settings": {**settings, "out": os.fspath(config.out)},
             "baseline": subjects[0].name,
             "entries": [{"name": subject.name} for subject in subjects],
@@ -111,7 +104,7 @@ class _Evaluation:
                 self._save()
         self.results["status"] = "complete"
         self.results["warnings"] = _warnings(self.results)
-        self._write()
+        save(self.config.out, self.results, render)
         return self.results
 
     def _losses(self, subject: Subject, corpus: str | None) -> Losses:
@@ -159,10 +152,6 @@ class _Evaluation:
     def _save(self) -> None:
         self.done += 1
         write_json(self.config.out / "results.json", self.results)
-
-    def _write(self) -> None:
-        write_json(self.config.out / "results.json", self.results)
-        write_atomic(self.config.out / "report.html", render(self.results))
 
 
 def about(subject: Subject) -> dict[str, Any]:

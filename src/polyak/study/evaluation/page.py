@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from polyak.report import svg
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.evaluation import figures as evaluation_figures
 from polyak.words import fixed, folded, listed, plural, with_error
@@ -100,16 +98,10 @@ def _attention_table(run: Mapping[str, Any]) -> RenderableType:
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    keys = {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
-    return (
-        environment()
-        .get_template("evaluation.html")
-        .render(
-            r=results,
-            keys=keys,
-            sentence=sentence(results),
-            title_of=title_of,
-            figures=evaluation_figures.all_figures(results),
-            machine=machine_of(results),
-        )
+    return draw(
+        "evaluation.html",
+        results,
+        sentence=sentence(results),
+        title_of=title_of,
+        figures=evaluation_figures.all_figures(results),
     )

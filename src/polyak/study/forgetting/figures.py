@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from polyak.report.curves import points
-from polyak.report.figures import single
+from polyak.report.figures import Panel, drawn
 from polyak.report.svg import styles
 
 
@@ -64,15 +64,9 @@ def trade(axes: Axes, results: Mapping[str, Any]) -> bool:
 
 def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
-    made = {
-        side: single(
-            side,
-            f"Loss on the {side} against steps on the target",
-            lambda axes, s=side: along(axes, results, s),  # type: ignore[misc]
-        )
+    panels = [
+        Panel(side, f"Loss on the {side} against steps on the target", along, (side,))
         for side in ("source", "target")
-    }
-    made["trade"] = single(
-        "trade", "Forgetting against plasticity", lambda axes: trade(axes, results)
-    )
-    return {name: Markup(svg) for name, svg in made.items() if svg}
+    ]
+    panels.append(Panel("trade", "Forgetting against plasticity", trade))
+    return drawn(results, panels)

@@ -17,12 +17,11 @@ from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal
 from polyak.evaluation.subjects import Subject, load_subjects
-from polyak.files import locked, make_folder, read_json, sha256_of, write_atomic, write_json
-from polyak.report.pages import check_out
+from polyak.files import locked, make_folder, read_json, sha256_of, write_json
+from polyak.report.pages import check_out, save
 from polyak.study.evaluation.measure import Progress, about
 from polyak.study.forgetting.page import finished, render
-from polyak.training.machine import commit, now
-from polyak.training.machine import environment as this_environment
+from polyak.training.machine import heading
 from polyak.words import listed
 
 FORMAT = 1
@@ -75,13 +74,7 @@ class _Study:
         self.subjects, self.experiments, self.config = subjects, experiments, config
         self.progress, self.done, self.written = progress, 0, 0.0
         self.results: dict[str, Any] = {
-            "format": FORMAT,
-            "kind": KIND,
-            "status": "partial",
-            "created": now(),
-            "command": command,
-            "commit": commit(),
-            **this_environment(),
+            **heading(KIND, FORMAT, command, status="partial"),
             "settings": {
                 **config.protocol(),
                 "device": config.device,
@@ -135,8 +128,7 @@ class _Study:
     def _write(self) -> None:
         self.written = time.monotonic()
         self.results["warnings"] = _warnings(self.results)
-        write_json(self.config.out / "results.json", self.results)
-        write_atomic(self.config.out / "report.html", render(self.results))
+        save(self.config.out, self.results, render)
 
 
 def _key(made: Mapping[str, Any]) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from polyak.report import svg
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.forgetting import figures as forgetting_figures
 from polyak.words import duration, fixed, folded, plural, with_error
@@ -80,16 +78,10 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    keys = {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
-    return (
-        environment()
-        .get_template("forgetting.html")
-        .render(
-            r=results,
-            done=finished(results),
-            keys=keys,
-            sentence=sentence(results),
-            figures=forgetting_figures.all_figures(results),
-            machine=machine_of(results),
-        )
+    return draw(
+        "forgetting.html",
+        results,
+        done=finished(results),
+        sentence=sentence(results),
+        figures=forgetting_figures.all_figures(results),
     )

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from polyak.report.figures import SIZE, single
+from polyak.report.figures import SIZE, Panel, drawn
 from polyak.report.svg import color, styles
 from polyak.study.runs import figures as run_figures
 
@@ -85,24 +85,12 @@ def all_figures(
         pairs: properties to draw against each other, as (horizontal, vertical).
         layers: name → for each run, a number per layer.
     """
-    made = {
-        "curve-tokens": single(
-            "curve-tokens",
-            "Validation loss against training tokens",
-            lambda axes: run_figures.loss(axes, results, "curve", "tokens"),
-        )
-    }
+    title = "Validation loss against training tokens"
+    panels = [Panel("curve-tokens", title, run_figures.loss, ("curve", "tokens"))]
     for x, y in pairs:
-        made[f"{x}-{y}"] = single(
-            f"scatter-{x}-{y}".replace("_", "-"),
-            f"{y} against {x}",
-            lambda axes, x=x, y=y: scatter(axes, results, x, y),  # type: ignore[misc]
-        )
+        svg = f"scatter-{x}-{y}".replace("_", "-")
+        panels.append(Panel(f"{x}-{y}", f"{y} against {x}", scatter, (x, y), svg=svg))
     for name, series in layers.items():
-        made[f"layers-{name}"] = single(
-            f"layers-{name}",
-            f"Minimum gain by layer, {name}",
-            lambda axes, series=series: by_layer(axes, results, series),  # type: ignore[misc]
-            (SIZE[0], 3.2),
-        )
-    return {name: Markup(svg) for name, svg in made.items() if svg}
+        title = f"Minimum gain by layer, {name}"
+        panels.append(Panel(f"layers-{name}", title, by_layer, (series,), (SIZE[0], 3.2)))
+    return drawn(results, panels)

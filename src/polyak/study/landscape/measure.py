@@ -24,8 +24,8 @@ from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal, summary, token_losses
 from polyak.evaluation.subjects import Subject, corpus_of, load_subject, token_set
-from polyak.files import locked, make_folder, sha256_of, write_atomic, write_json
-from polyak.report.pages import check_out
+from polyak.files import locked, make_folder, sha256_of
+from polyak.report.pages import check_out, save
 from polyak.study.landscape.config import LandscapeConfig
 from polyak.study.landscape.properties import OWN, PROPERTIES
 from polyak.study.landscape.results import complete, value_of
@@ -170,8 +170,7 @@ class _Study:
             },
             PROPERTIES,
         )
-        write_json(self.config.out / "results.json", filled)
-        write_atomic(self.config.out / "report.html", render(filled))
+        save(self.config.out, filled, render)
         return filled
 
     def _evaluate(

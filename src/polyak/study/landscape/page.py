@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from polyak.report import svg
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.landscape import figures as landscape_figures
 from polyak.study.landscape.results import number, sentence, value_of
@@ -38,28 +36,22 @@ PAIRS = {
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    keys = {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
     every = [pair for pairs in PAIRS.values() for pair in pairs]
     tested = [row for row in results["correlations"] if row["p"] is not None]
     shown = [row for row in results["correlations"] if row["rho_runs"] is not None]
     kinds = len(results["entries"])
-    return (
-        environment()
-        .get_template("landscape.html")
-        .render(
-            r={**results, "correlations": shown},
-            keys=keys,
-            sentence=sentence(results),
-            models=models(results),
-            figures=landscape_figures.all_figures(results, every, layers(results)),
-            pairs_of=PAIRS,
-            number=number,
-            labels={wanted["key"]: wanted["label"] for wanted in results["properties"]},
-            exact=all(row["exact"] for row in tested),
-            tested=len(tested),
-            smallest=2 / math.factorial(kinds) if kinds > 2 else 1.0,
-            machine=machine_of(results),
-        )
+    return draw(
+        "landscape.html",
+        {**results, "correlations": shown},
+        sentence=sentence(results),
+        models=models(results),
+        figures=landscape_figures.all_figures(results, every, layers(results)),
+        pairs_of=PAIRS,
+        number=number,
+        labels={wanted["key"]: wanted["label"] for wanted in results["properties"]},
+        exact=all(row["exact"] for row in tested),
+        tested=len(tested),
+        smallest=2 / math.factorial(kinds) if kinds > 2 else 1.0,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from polyak.report.curves import UNITS, points, scale_of
-from polyak.report.figures import SIZE, scalar_depth, scalar_names, single, symbol
+from polyak.report.figures import LOW, SIZE, Panel, drawn, scalar_names, scalar_panels, symbol
 from polyak.report.svg import Style, styles
 from polyak.statistics.dunnett import Array
 from polyak.words import compact
@@ -128,7 +130,6 @@ def plain(
     pick: Pick,
     label: str,
     words: Callable[[float], str] | None = None,
-    *,
     zero: bool = True,
     noisy: bool = False,
 ) -> bool:
@@ -205,51 +206,31 @@ def rate_names(results: Mapping[str, Any]) -> list[str]:
 
 def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
-    made: dict[str, str | None] = {}
-    for source, word in (("train", "Training"), ("curve", "Validation")):
-        for axis in AXES:
-            made[f"{source}-{axis}"] = single(
-                f"{source}-{axis}",
-                f"{word} loss against {UNITS[axis]}",
-                lambda axes, s=source, a=axis: loss(axes, results, s, a),  # type: ignore[misc]
-            )
+    panels = [
+        Panel(f"{source}-{axis}", f"{word} loss against {UNITS[axis]}", loss, (source, axis))
+        for source, word in (("train", "Training"), ("curve", "Validation"))
+        for axis in AXES
+    ]
     for index, name in enumerate(rate_names(results)):
-        made[f"rate-{name}"] = single(
-            f"rate-{index}",
-            f"Learning rate of group {name} against optimizer steps",
-            lambda axes, n=name: plain(  # type: ignore[misc]
-                axes, results, lambda train: train["rates"].get(n), f"learning rate, {n}"
-            ),
-            SMALL,
-        )
+        title = f"Learning rate of group {name} against optimizer steps"
+        pick, label = partial(_rate, name=name), f"learning rate, {name}"
+        panels.append(Panel(f"rate-{name}", title, plain, (pick, label), SMALL, f"rate-{index}"))
     for key, label, words in (
         ("gradient_norm", "gradient norm", None),
         ("tokens_per_second", "tokens/s", compact),
         ("flops_per_second", "FLOP/s", compact),
         ("peak_fraction", "% of the matmul peak", lambda value: f"{100 * value:.3g}"),
     ):
-        made[key] = single(
-            key.replace("_", "-"),
-            f"{label} against optimizer steps",
-            lambda axes, k=key, t=label, w=words: plain(  # type: ignore[misc]
-                axes, results, lambda run: run.get(k), t, w, zero=w is not None, noisy=True
-            ),
-            SMALL,
-        )
-    made["memory_bytes"] = single(
-        "memory", "Memory against optimizer steps", lambda axes: _memory(axes, results), SMALL
-    )
+        title, draw = f"{label} against optimizer steps", partial(plain, noisy=True)
+        given = (itemgetter(key), label, words, words is not None)
+        panels.append(Panel(key, title, draw, given, SMALL, key.replace("_", "-")))
+    title = "Memory against optimizer steps"
+    panels += [Panel("memory_bytes", title, _memory, (), SMALL, "memory"), *scalar_panels(results)]
     for index, name in enumerate(scalar_names(results)):
-        made[f"scalar-{name}"] = single(
-            f"scalar-{index}",
-            f"Learned scalar {name} by layer",
-            lambda axes, n=name: scalar_depth(axes, results, n),  # type: ignore[misc]
-            (SIZE[0], 2.6),
-        )
-        made[f"scalar-time-{name}"] = single(
-            f"scalar-time-{index}",
-            f"Learned scalar {name} against optimizer steps",
-            lambda axes, n=name: scalar_time(axes, results, n),  # type: ignore[misc]
-            (SIZE[0], 2.6),
-        )
-    return {name: Markup(svg) for name, svg in made.items() if svg}
+        title, svg = f"Learned scalar {name} against optimizer steps", f"scalar-time-{index}"
+        panels.append(Panel(f"scalar-time-{name}", title, scalar_time, (name,), LOW, svg))
+    return drawn(results, panels)
+
+
+def _rate(train: Run, name: str) -> Any:
+    return train["rates"].get(name)

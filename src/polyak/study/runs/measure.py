@@ -13,8 +13,7 @@ from typing import Any
 from polyak.compare.results import mean_scalars
 from polyak.errors import PolyakError, RunError
 from polyak.files import read_json
-from polyak.training.machine import commit, now
-from polyak.training.machine import environment as this_environment
+from polyak.training.machine import heading
 from polyak.training.runs.folder import RunFolder
 from polyak.words import listed
 
@@ -198,12 +197,7 @@ def gather(read: Sequence[dict[str, Any]], *, command: str) -> dict[str, Any]:
     names = _entry_names(begun, differ)
     runs = [{**run, "entry": names[_identity(run)]} for run in begun]
     return {
-        "format": FORMAT,
-        "kind": KIND,
-        "created": now(),
-        "command": command,
-        "commit": commit(),
-        **this_environment(),
+        **heading(KIND, FORMAT, command),
         "baseline": runs[0]["entry"],
         "entries": [_entry(name, runs, differ) for name in dict.fromkeys(names.values())],
         "runs": runs,

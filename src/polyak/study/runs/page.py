@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from polyak.files import make_folder, write_atomic, write_json
-from polyak.report import svg
+from polyak.files import make_folder
 from polyak.report.figures import scalar_names
-from polyak.report.pages import check_out, environment, machine_of
+from polyak.report.pages import check_out, draw, keys_of, machine_of, save
 from polyak.study.runs import figures as run_figures
 from polyak.study.runs.measure import KIND, _validation_sets, gather, read_run
 from polyak.training.runs.finding import find_runs, short_names
@@ -44,8 +41,7 @@ def report(paths: Sequence[Path], out: Path, *, command: str) -> dict[str, Any]:
     ]
     results = gather(read, command=command)
     make_folder(out)
-    write_json(out / "results.json", results)
-    write_atomic(out / "report.html", render(results))
+    save(out, results, render)
     return results
 
 
@@ -69,30 +65,24 @@ def sentence(results: Mapping[str, Any]) -> str:
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    entries = results["entries"]
-    keys = {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
+    entries, keys = results["entries"], keys_of(results)
     events = [(run, _tally(run["events"])) for run in results["runs"] if run["events"]]
-    return (
-        environment()
-        .get_template("runs.html")
-        .render(
-            r=results,
-            entries=entries,
-            keys=keys,
-            sentence=sentence(results),
-            figures=run_figures.all_figures(results),
-            rates=run_figures.rate_names(results),
-            scalars=scalar_names(results),
-            scalar_keys={e["name"]: keys[e["name"]] for e in entries if e["scalars"]},
-            events=events,
-            smoothing=round(1 / run_figures.MEMORY),
-            grouped=max(run["train"]["rows_per_point"] for run in results["runs"]),
-            many_seeds=any(len(e["seeds"]) > 1 for e in entries),
-            first_machine=machine_of(
-                {"versions": {}, "machine": {}, **results["runs"][0]["environment"]}
-            ),
-            machine=machine_of(results),
-        )
+    return draw(
+        "runs.html",
+        results,
+        entries=entries,
+        sentence=sentence(results),
+        figures=run_figures.all_figures(results),
+        rates=run_figures.rate_names(results),
+        scalars=scalar_names(results),
+        scalar_keys={e["name"]: keys[e["name"]] for e in entries if e["scalars"]},
+        events=events,
+        smoothing=round(1 / run_figures.MEMORY),
+        grouped=max(run["train"]["rows_per_point"] for run in results["runs"]),
+        many_seeds=any(len(e["seeds"]) > 1 for e in entries),
+        first_machine=machine_of(
+            {"versions": {}, "machine": {}, **results["runs"][0]["environment"]}
+        ),
     )
 
 

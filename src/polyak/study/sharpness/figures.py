@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from polyak.report.figures import SIZE, single
+from polyak.report.figures import SIZE, Panel, drawn
 from polyak.report.svg import color, styles
 
 FLOOR = 1e-6
@@ -83,22 +83,10 @@ def plane(axes: Axes, results: Mapping[str, Any], index: int) -> bool:
 
 def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
-    made = {
-        f"density-{curve}": single(
-            f"density-{curve}",
-            "Spectral density of the Hessian",
-            lambda axes, curve=curve: densities(axes, results, curve),  # type: ignore[misc]
-        )
-        for curve in ("whole", "middle")
-    }
-    made["lines"] = single(
-        "lines", "Loss along random directions", lambda axes: lines(axes, results)
-    )
+    title = "Spectral density of the Hessian"
+    panels = [Panel(f"density-{c}", title, densities, (c,)) for c in ("whole", "middle")]
+    panels.append(Panel("lines", "Loss along random directions", lines))
     for index, run in enumerate(results["runs"]):
-        made[f"plane-{index}"] = single(
-            f"plane-{index}",
-            f"Loss on a random plane: {run['name']}",
-            lambda axes, index=index: plane(axes, results, index),  # type: ignore[misc]
-            (SIZE[0], SIZE[0]),
-        )
-    return {name: Markup(svg) for name, svg in made.items() if svg}
+        title = f"Loss on a random plane: {run['name']}"
+        panels.append(Panel(f"plane-{index}", title, plane, (index,), (SIZE[0], SIZE[0])))
+    return drawn(results, panels)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from polyak.report import svg
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.sharpness import figures as sharpness_figures
 from polyak.words import NONE, fixed, folded, plural
@@ -137,40 +135,33 @@ def sentence(results: Mapping[str, Any]) -> str:
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    keys = {name: Markup(svg.key(style)) for name, style in svg.styles(results).items()}
-    figures = sharpness_figures.all_figures(results)
     groups = [
         (run["name"], content)
         for run in results["runs"]
         for part, content in (run.get("found") or {}).items()
         if part.startswith("group ")
     ]
-    return (
-        environment()
-        .get_template("sharpness.html")
-        .render(
-            r=results,
-            keys=keys,
-            figures=figures,
-            sentence=sentence(results),
-            warnings=_missed(results),
-            groups=groups,
-            spectra=[
-                (run, title, (run.get("found") or {})[part])
-                for run in results["runs"]
-                for part, title in (
-                    ("spectrum", "Hessian"),
-                    ("scaled", "scale-aware"),
-                    ("gauss_newton", "Gauss–Newton"),
-                )
-                if part in (run.get("found") or {})
-            ],
-            number=number,
-            eigenvalue=eigenvalue,
-            outermost=outermost,
-            trace_of=trace_of,
-            interval_of=interval,
-            settings=list(results["settings"].items()),
-            machine=machine_of(results),
-        )
+    return draw(
+        "sharpness.html",
+        results,
+        figures=sharpness_figures.all_figures(results),
+        sentence=sentence(results),
+        warnings=_missed(results),
+        groups=groups,
+        spectra=[
+            (run, title, (run.get("found") or {})[part])
+            for run in results["runs"]
+            for part, title in (
+                ("spectrum", "Hessian"),
+                ("scaled", "scale-aware"),
+                ("gauss_newton", "Gauss–Newton"),
+            )
+            if part in (run.get("found") or {})
+        ],
+        number=number,
+        eigenvalue=eigenvalue,
+        outermost=outermost,
+        trace_of=trace_of,
+        interval_of=interval,
+        settings=list(results["settings"].items()),
     )

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from polyak.report.figures import single
+from polyak.report.figures import Panel, drawn
 from polyak.report.svg import styles
 
 TITLES = {
@@ -83,18 +83,18 @@ def spectrum_curves(axes: Axes, results: Mapping[str, Any], part: str) -> bool:
 
 def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
-    made = {}
-    for part in TITLES:
-        for name, title, draw in (
-            ("gains", "Log of the smallest singular value by block", gains),
-            ("spectra", "Singular values by block", spectrum_curves),
-        ):
-            made[f"{name}-{part}"] = single(
-                f"{name}-{part}",
-                f"{title}, {TITLES[part]}",
-                lambda axes, draw=draw, part=part: draw(axes, results, part),  # type: ignore[misc]
-            )
-    return {name: Markup(figure) for name, figure in made.items() if figure}
+    kinds = (
+        ("gains", "Log of the smallest singular value by block", gains),
+        ("spectra", "Singular values by block", spectrum_curves),
+    )
+    return drawn(
+        results,
+        (
+            Panel(f"{name}-{part}", f"{title}, {TITLES[part]}", draw, (part,))
+            for part in TITLES
+            for name, title, draw in kinds
+        ),
+    )
 
 
 def residual(value: Mapping[str, Any]) -> str:

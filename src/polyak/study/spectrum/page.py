@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from polyak.report import svg
-from polyak.report.pages import environment, machine_of
+from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.sharpness.page import number
 from polyak.study.spectrum.figures import TITLES, all_figures, residual, spectra_of
@@ -101,24 +99,18 @@ def sentence(results: Mapping[str, Any]) -> str:
 
 def render(results: Mapping[str, Any]) -> str:
     """The page for `results`, the content of results.json."""
-    rows = [(run["name"], *one) for run in results["runs"] for one in spectra_of(run)]
-    return (
-        environment()
-        .get_template("spectrum.html")
-        .render(
-            r=results,
-            keys={name: Markup(svg.key(style)) for name, style in svg.styles(results).items()},
-            figures=all_figures(results),
-            sentence=sentence(results),
-            warnings=warnings(results),
-            titles=TITLES,
-            rows=rows,
-            number=number,
-            estimate=estimate,
-            residual=residual,
-            zeros=zeros,
-            published=published,
-            settings=list(results["settings"].items()),
-            machine=machine_of(results),
-        )
+    return draw(
+        "spectrum.html",
+        results,
+        figures=all_figures(results),
+        sentence=sentence(results),
+        warnings=warnings(results),
+        titles=TITLES,
+        rows=[(run["name"], *one) for run in results["runs"] for one in spectra_of(run)],
+        number=number,
+        estimate=estimate,
+        residual=residual,
+        zeros=zeros,
+        published=published,
+        settings=list(results["settings"].items()),
     )
