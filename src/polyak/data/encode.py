@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import struct
+import pickle
 import subprocess
 import sys
 from collections import deque
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from polyak.data.corpora import Splitter
 from polyak.data.documents import Reader
-from polyak.data.tokenizers import ByteTokenizer, Tokenizer
+from polyak.data.tokenizers import ByteTokenizer, Tokenizer, utf8
 from polyak.errors import ConfigError, DataError
 
 # Characters that are encoded together. Too small for memory to matter, and large enough that
@@ -28,9 +27,6 @@ CHUNK = 1 << 20
 
 # Chunks that are encoded in this process before others are started: a small corpus is done by then.
 _WARM_UP = 3
-
-_HEAD = struct.Struct("<QQ")
-_SIZE = struct.Struct("<q")
 
 Arrays = list[npt.NDArray[Any]]
 
@@ -141,12 +137,7 @@ class Encoder:
     def __enter__(self) -> Encoder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self._idle:
             worker.stop()  # before waiting for the threads that wait for them
         if self._pool is not None:
@@ -172,7 +163,7 @@ class Encoder:
     def _start(self) -> None:
         try:
             for _ in range(self.workers):
-                self._idle.append(_Worker(self._folder, self._sides, self._tokenizer.dtype))
+                self._idle.append(_Worker(self._folder, self._sides))
         except OSError as problem:
             raise DataError(
                 f"cannot start {self.workers} worker processes: {problem.strerror or problem}; "
@@ -192,8 +183,7 @@ class Encoder:
 class _Worker:
     """A process that encodes what it is sent; see `polyak.data.worker`."""
 
-    def __init__(self, folder: Path, sides: int, dtype: np.dtype[Any]) -> None:
-        self._sides, self._dtype = sides, dtype
+    def __init__(self, folder: Path, sides: int) -> None:
         places = os.pathsep.join(place for place in sys.path if place)
         # -P: nothing in the current folder is taken for a module.
         self._process = subprocess.Popen(
@@ -209,13 +199,13 @@ class _Worker:
     def encode(self, parts: Sequence[Part]) -> Arrays:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        for part in parts:
+            utf8(part.text)
         try:
-            send_parts(self._process.stdin, parts)
-            return [
-                np.frombuffer(receive(self._process.stdout), dtype=self._dtype)
-                for _ in range(self._sides)
-            ]
-        except (EOFError, OSError) as problem:
+            send(self._process.stdin, parts)
+            found: Arrays = pickle.load(self._process.stdout)
+            return found
+        except (EOFError, OSError, pickle.UnpicklingError) as problem:
             code = self._process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise DataError(
@@ -234,46 +224,10 @@ class _Worker:
         self._process.wait()
 
 
-# Messages: to the worker a head (parts, bytes), then lengths, sides, flags and the text; from it,
-# per side, a size and the ids.
-
-
-def send_parts(stream: IO[bytes], parts: Sequence[Part]) -> None:
-    """Write parts to a stream."""
-    texts = [_utf8(part.text) for part in parts]
-    head = _HEAD.pack(len(parts), sum(map(len, texts)))
-    lengths = np.array([len(text) for text in texts], dtype="<u8").tobytes()
-    flags = bytes(part.side for part in parts) + bytes(part.last for part in parts)
-    stream.write(b"".join([head, lengths, flags, *texts]))
+def send(stream: IO[bytes], value: Any) -> None:
+    """Pickle between this process and a worker of its own; nothing that comes with data."""
+    pickle.dump(value, stream, pickle.HIGHEST_PROTOCOL)
     stream.flush()
-
-
-def receive_parts(stream: IO[bytes]) -> list[Part] | None:
-    """Read what `send_parts` wrote; None at the end of the stream."""
-    head = stream.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        return None
-    count, size = _HEAD.unpack(head)
-    lengths = np.frombuffer(_exactly(stream, 8 * count), dtype="<u8")
-    sides, lasts = _exactly(stream, count), _exactly(stream, count)
-    content = _exactly(stream, size)
-    ends = np.cumsum(lengths).tolist()
-    return [
-        Part(side, bool(last), content[start:end].decode())
-        for side, last, start, end in zip(sides, lasts, [0, *ends], ends, strict=False)
-    ]
-
-
-def send(stream: IO[bytes], content: bytes) -> None:
-    """Write bytes with their size before them."""
-    stream.write(_SIZE.pack(len(content)))
-    stream.write(content)
-
-
-def receive(stream: IO[bytes]) -> bytes:
-    """Read what `send` wrote; raises `EOFError` where the stream ends before."""
-    (size,) = _SIZE.unpack(_exactly(stream, _SIZE.size))
-    return _exactly(stream, size)
 
 
 def available_cores() -> int:
@@ -281,22 +235,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _exactly(stream: IO[bytes], size: int) -> bytes:
-    content = stream.read(size)
-    if len(content) < size:
-        raise EOFError
-    return content
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise DataError(
-            f"the text is not valid Unicode: unpaired surrogate at character {problem.start}"
-        ) from problem
 
 
 def _flag_last(parts: Iterator[str]) -> Iterator[tuple[str, bool]]:

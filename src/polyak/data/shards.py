@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any, Protocol, overload
 
@@ -117,8 +117,7 @@ class ShardWriter:
         if self._shards and self._shards[-1]["tokens"] < limit:
             path = folder / self._shards[-1]["file"]
             with path.open("rb") as handle:
-                while piece := handle.read(1 << 20):
-                    self._hash.update(piece)
+                self._hash = file_digest(handle, "sha256")
             self._handle = path.open("ab")
 
     @property

@@ -130,7 +130,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_many(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer.encode_many`."""
-        return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
+        return [np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def pieces(self, text: Text) -> Iterator[str]:
         """Pieces of at most `PIECE` characters: any cut between characters will do."""
@@ -223,7 +223,7 @@ class BPETokenizer(Tokenizer):
     def encode_many(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer.encode_many`; long texts are encoded in pieces, with the same result."""
         for text in texts:
-            _utf8(text)
+            utf8(text)
         parts = [list(pieces([text])) for text in texts]
         ids = iter(self._words.encode_many([part for text in parts for part in text]))
         return [
@@ -279,7 +279,8 @@ def _checked(ids: npt.ArrayLike, vocab_size: int) -> Ids:
     return checked
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """A text's bytes; raises `DataError` where it is not valid Unicode."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as problem:

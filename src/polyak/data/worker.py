@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
 
-from polyak.data.encode import encode, receive_parts, send
+from polyak.data.encode import encode, send
 from polyak.data.tokenizer_names import load_tokenizer
 from polyak.errors import PolyakError
 
@@ -24,9 +25,7 @@ def main() -> None:
         sys.exit(f"polyak worker: {problem}")
     source, target = sys.stdin.buffer, sys.stdout.buffer
     try:
-        while (parts := receive_parts(source)) is not None:
-            for ids in encode(tokenizer, parts, sides):
-                send(target, ids.tobytes())
-            target.flush()
-    except (BrokenPipeError, EOFError):  # killed while it sent or waited: nobody wants the answer
-        os._exit(1)
+        while True:
+            send(target, encode(tokenizer, pickle.load(source), sides))
+    except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+        os._exit(0)  # the process that started this one is done, or gone
