@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
 from polyak.nn.rule_text import parse_rule
-from polyak.registry import source_of
 from polyak.settings import replace_all
 
 
@@ -117,8 +115,3 @@ def widened(baseline: Entry, target: int) -> Entry:
 
 def _label_with(name: str, option: str) -> str:
     return f"{name[:-1]},{option}]" if name.endswith("]") else f"{name}[{option}]"
-
-
-def rule_file(entry: Entry) -> Path | None:
-    """The user's file that defines the entry's rule, if it is in one."""
-    return source_of(entry.model.rule)

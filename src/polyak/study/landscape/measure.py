@@ -44,6 +44,10 @@ SEQUENCES = 500
 """A spectrum takes about as long as so many losses with gradients of its sequence, per layer."""
 
 
+_Planned = tuple[dict[str, Any], float, Callable[[Tick], Found]]
+"""What decides a part's result, the seconds it takes, and how it is measured."""
+
+
 def landscape(
     runs: Sequence[Path],
     config: LandscapeConfig,
@@ -173,9 +177,7 @@ class _Study:
         save(self.config.out, filled, render)
         return filled
 
-    def _evaluate(
-        self, subject: Subject, speed: float
-    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+    def _evaluate(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
         others = [name for name in corpora_of(config.corpora) if name is not None]
         corpora = {OWN: None, **{name: name for name in others}}
@@ -198,9 +200,7 @@ class _Study:
 
         return key, work, measure
 
-    def _sharpness(
-        self, subject: Subject, speed: float
-    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+    def _sharpness(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
         wanted = SharpnessConfig(
             tokens=config.sharpness_tokens,
@@ -213,9 +213,7 @@ class _Study:
             device=config.device,
         )
         tokens = token_set(subject, tokens=config.sharpness_tokens)
-        settings = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
-        del settings["out"], settings["device"]
-        key = {"fingerprint": tokens.fingerprint, **settings}
+        key = {"fingerprint": tokens.fingerprint, **_settings(wanted)}
         work = PRODUCTS * PRODUCT * tokens.tokens / speed
 
         def measure(tick: Tick) -> Found:
@@ -228,9 +226,7 @@ class _Study:
 
         return key, work, measure
 
-    def _forgetting(
-        self, subject: Subject, speed: float
-    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+    def _forgetting(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
         wanted = ForgettingConfig(
             onto=config.onto,
@@ -253,9 +249,7 @@ class _Study:
 
         return experiment(subject, wanted), work, measure
 
-    def _spectrum(
-        self, subject: Subject, speed: float
-    ) -> tuple[dict[str, Any], float, Callable[[Tick], Found]]:
+    def _spectrum(self, subject: Subject, speed: float) -> _Planned:
         wanted = SpectrumConfig(
             length=self.config.spectrum_length,
             parts="a,b",
@@ -264,9 +258,7 @@ class _Study:
             device="cpu" if self.config.device == "auto" else self.config.device,
         )
         tokens = tokens_of(subject, wanted)
-        settings = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
-        del settings["out"], settings["device"]
-        key = {"fingerprint": tokens.fingerprint, **settings}
+        key = {"fingerprint": tokens.fingerprint, **_settings(wanted)}
         layers = subject.settings["model"]["num_layers"]
         work = SEQUENCES * layers * tokens.tokens / speed
 
@@ -286,6 +278,12 @@ class _Study:
             }
 
         return key, work, measure
+
+
+def _settings(config: SharpnessConfig | SpectrumConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    return {name: getattr(config, name) for name in fields if name not in ("out", "device")}
 
 
 def _tokens_per_second(subject: Subject) -> float:

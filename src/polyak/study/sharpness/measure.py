@@ -149,16 +149,7 @@ class _Measurement:
         self, operator: Operator, surface: Surface, *, bottom: bool = True
     ) -> tuple[Found, Ends]:
         config = self.config
-        ends = extremes(
-            operator,
-            surface.size,
-            count=config.top_k,
-            bottom=bottom,
-            tolerance=config.tolerance,
-            max_products=config.max_products,
-            seed=config.seed,
-            device=surface.device,
-        )
+        ends = self._extremes(operator, surface, bottom=bottom)
         content: Found = {
             "top": [dataclasses.asdict(pair) for pair in ends.top],
             "bottom": [dataclasses.asdict(pair) for pair in ends.bottom],
@@ -219,15 +210,16 @@ class _Measurement:
         """Top eigenvectors, again if an earlier start had found and not kept them."""
         count = min(STARTS, self.config.top_k)
         if self._ends is None:
-            self._ends = self._curvature_ends()
+            self._ends = self._extremes(self.surface.hessian, self.surface)
         return self._ends.vectors[:count]
 
-    def _curvature_ends(self) -> Ends:
-        config, surface = self.config, self.surface
+    def _extremes(self, operator: Operator, surface: Surface, *, bottom: bool = True) -> Ends:
+        config = self.config
         return extremes(
-            surface.hessian,
+            operator,
             surface.size,
             count=config.top_k,
+            bottom=bottom,
             tolerance=config.tolerance,
             max_products=config.max_products,
             seed=config.seed,
