@@ -45,7 +45,7 @@ def test_the_table_of_rules_is_what_the_command_prints():
     assert len(listed) == len(rules.names())
 
 
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 """Everything written for readers."""
 
 
