@@ -345,10 +345,16 @@ def test_numbers_that_cannot_work_are_refused(small_surface: Surfaces) -> None:
     surface = small_surface("gradient_descent")
     h, n = surface.hessian, surface.size
     for call, says in (
-        (lambda: extremes(h, n, count=0), "top_k=0 must be at least 1"),
+        (lambda: extremes(h, n, count=0), "top_k=0 must be a whole number of at least 1"),
         (lambda: trace(h, n, seed=0, precision=0), "trace_precision=0 must be above 0"),
-        (lambda: trace(h, n, seed=0, max_probes=3), "max_probes=3 must be at least 8"),
-        (lambda: density(h, n, seed=0, probes=0), "density_probes=0 must be at least 1"),
+        (
+            lambda: trace(h, n, seed=0, max_probes=3),
+            "max_probes=3 must be a whole number of at least 8",
+        ),
+        (
+            lambda: density(h, n, seed=0, probes=0),
+            "density_probes=0 must be a whole number of at least 1",
+        ),
         (lambda: rises(surface, [0.0]), "rho=0.0 must be above 0"),
         (lambda: slice_1d(surface, seed=0, points=4), "points=4 must be odd"),
         (lambda: slice_2d(surface, seed=0, radius=-1), "slice_radius=-1 must be above 0"),

@@ -243,7 +243,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(small_model: Build, toke
             Surface(model, ids)
     for options, says in (
         ({"dtype": torch.bfloat16}, "must be float32 or float64"),
-        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"rows": 0}, "rows=0 must be a whole number of at least 1"),
         ({"names": ["head.weight"]}, "has no parameter 'head.weight'"),
         ({"names": []}, "no parameters to look at"),
     ):

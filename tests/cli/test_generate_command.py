@@ -135,7 +135,7 @@ def test_what_cannot_be_generated_is_one_line(
     [
         (["--temperature", "nan"], "temperature=nan must be a number of at least 0"),
         (["--top-p", "1.5"], "top_p=1.5 must be a number above 0, up to 1"),
-        (["--num-samples", "0"], "num_samples=0 must be at least 1"),
+        (["--num-samples", "0"], "num_samples=0 must be a whole number of at least 1"),
         (["--prompt-file", "b"], "prompt and prompt_file are both given; use one of them"),
         (["--top-q", "1"], "Unrecognized options: --top-q"),
     ],

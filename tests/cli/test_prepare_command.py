@@ -70,8 +70,11 @@ def test_interrupted_it_says_where_it_went_on(tmp_path: Path) -> None:
         (["corpus.txt", "--tokenizer", "gpt-2"], "unknown tokenizer 'gpt-2'; did you mean 'gpt2'?"),
         (["corpus.txt", "--tokenizer", "bpe-9"], "'bpe-9' is too small: BPE needs at least 257"),
         (["corpus.txt", "--tokeniser", "bytes"], "did you mean --tokenizer?"),
-        (["corpus.txt", "--workers", "0"], "workers=0 must be at least 1"),
-        (["corpus.txt", "--shard-tokens", "0"], "shard_tokens=0 must be at least 1"),
+        (["corpus.txt", "--workers", "0"], "workers=0 must be a whole number of at least 1"),
+        (
+            ["corpus.txt", "--shard-tokens", "0"],
+            "shard_tokens=0 must be a whole number of at least 1",
+        ),
         (["corpus.txt", "--validation-fraction", "2"], "validation_fraction=2.0 must lie strictly"),
         (["corpus.txt", "--verify", "--bench"], "--verify and --bench exclude each other"),
         (["corpus.txt", "--out", "x"], "--out is for --bench"),

@@ -128,7 +128,9 @@ def test_sizes_that_cannot_work_name_the_field() -> None:
     tokens = np.arange(100)
     for field, value in (("context_length", 0), ("batch_size", -1), ("seed", -2)):
         arguments = {"context_length": 5, "batch_size": 2, "seed": 0} | {field: value}
-        with pytest.raises(ConfigError, match=f"{field}={value} must be at least"):
+        with pytest.raises(
+            ConfigError, match=f"{field}={value} must be a whole number of at least"
+        ):
             TrainBatches(tokens, **arguments)
     with pytest.raises(ConfigError, match="step=-1"):
         TrainBatches(tokens, 5, 2, 0).batch(-1)

@@ -142,7 +142,7 @@ def test_bad_input_is_one_line(subject: Subject, other: Path, tmp_path: Path, co
     for fields, says in (
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"steps": 20, "warmup": 50}, "warmup=50 is longer than steps=20"),
-        ({"lr": -1.0}, r"lr=-1\.0 must be a number at least 0"),
+        ({"lr": -1.0}, r"lr=-1\.0 must be a number of at least 0"),
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
         ({"batch_size": 6, "micro_batch_size": 4}, "does not divide"),
         ({"eval_tokens": 0}, "eval_tokens=0"),

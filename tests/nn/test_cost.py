@@ -326,7 +326,7 @@ def test_a_declaration_is_not_inherited_by_a_rule_that_steps_differently() -> No
     [
         ({"position": 7}, r"position=7 must be from 0 to 6"),
         ({"position": -1}, r"position=-1 must be from 0 to 6"),
-        ({"bytes_per_number": 0}, r"bytes_per_number=0 must be at least 1"),
+        ({"bytes_per_number": 0}, r"bytes_per_number=0 must be a whole number of at least 1"),
     ],
 )
 def test_impossible_questions_are_refused(

@@ -508,7 +508,7 @@ def test_at_the_real_vocabulary_it_is_exact_small_and_not_slow() -> None:
     ("options", "message"),
     [
         ({"method": "chunk"}, "unknown method 'chunk'; did you mean 'chunked'"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0 must be at least 1"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0 must be a whole number of at least 1"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from polyak.errors import ConfigError, unknown
+from polyak.checks import check_number, check_whole
+from polyak.errors import unknown
 
 Scaling = Literal["elements", "filters", "tensors", "none"]
 Precision = Literal["float32", "float64"]
@@ -65,20 +65,13 @@ class SharpnessConfig:
             *(("tokens", 1), ("top_k", 1), ("max_products", 1), ("max_probes", 8)),
             *(("density_probes", 0), ("density_steps", 1), ("seed", 0)),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least)
         for name, zero in (
             *(("tolerance", False), ("trace_precision", False), ("slice_radius", True)),
         ):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                raise ConfigError(
-                    f"{name}={value!r} must be {'at least' if zero else 'a number above'} 0"
-                )
+            check_number(name, getattr(self, name), above=not zero)
         for rho in self.rho:
-            if not math.isfinite(rho) or rho <= 0:
-                raise ConfigError(f"rho={rho!r} must be a number above 0")
+            check_number("rho", rho, above=True)
         for name, kind in (("scale", Scaling), ("dtype", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))

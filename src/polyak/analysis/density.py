@@ -18,7 +18,7 @@ import torch
 from polyak.analysis.hessian import Operator
 from polyak.analysis.lanczos import Array, quadrature
 from polyak.analysis.trace import signs
-from polyak.errors import ConfigError
+from polyak.checks import check_whole
 from polyak.statistics.intervals import student
 
 MOMENTS = 4
@@ -119,8 +119,7 @@ def density(
         ConfigError: a number below 1.
     """
     for name, value in (("density_probes", probes), ("density_steps", steps)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
+        check_whole(name, value)
     found = list(done)
     for probe in range(len(found), probes):
         found.append(quadrature(operator, signs(size, seed, probe, device), steps))

@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from polyak.analysis._common import FlatView, as_logits, check_model, math_attention
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 
 Kind = Literal["hessian", "gauss_newton"]
@@ -71,8 +72,7 @@ class Surface:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype={dtype} must be float32 or float64")
-        if rows is not None and rows < 1:
-            raise ConfigError(f"rows={rows} must be at least 1")
+        check_whole("rows", rows, optional=True)
         if not checked:
             check_model(model, ids)
         self.view = FlatView(model, names)

@@ -29,6 +29,7 @@ from polyak.analysis.lanczos import Ends, extremes
 from polyak.analysis.linear import Linear
 from polyak.analysis.maps import BlockMaps, Map, block_maps, product
 from polyak.analysis.quantiles import Quantile
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.statistics.intervals import student
 
@@ -80,8 +81,7 @@ class Options:
         if not 0 < self.tolerance < 1e-2:
             raise ConfigError(f"tolerance={self.tolerance} must be between 0 and 0.01")
         for name, least in (("max_products", 10), ("probes", 1), ("steps", 4), ("norm_probes", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+            check_whole(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True)

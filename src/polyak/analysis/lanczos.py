@@ -21,7 +21,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from polyak.analysis.hessian import Operator, dense
-from polyak.errors import ConfigError
+from polyak.checks import check_whole
 
 Array = npt.NDArray[np.float64]
 LOOK_EVERY = 5
@@ -85,8 +85,7 @@ def extremes(
     Raises:
         ConfigError: `count` below 1.
     """
-    if count < 1:
-        raise ConfigError(f"top_k={count} must be at least 1")
+    check_whole("top_k", count)
     count = min(count, size)
     wanted = count * (2 if bottom else 1)
     basis = min(size, basis or 4 * wanted + 20)

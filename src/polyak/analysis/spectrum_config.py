@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from polyak.checks import check_number, check_whole
 from polyak.errors import ConfigError
 
 PARTS = ("a", "b", "c", "d")
@@ -55,18 +55,13 @@ class SpectrumConfig:
         for name, least in (
             *(("sequences", 1), ("max_products", 10), ("probes", 1), ("steps", 4), ("seed", 0)),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
-        if self.length is not None and self.length < 2:
-            raise ConfigError(f"length={self.length} must be at least 2")
+            check_whole(name, getattr(self, name), least)
+        check_whole("length", self.length, 2, optional=True)
         if not 0 < self.tolerance < 1e-2:
             raise ConfigError(f"tolerance={self.tolerance!r} must be above 0 and below 0.01")
-        if not math.isfinite(self.most_gb) or self.most_gb < 0:
-            raise ConfigError(f"most_gb={self.most_gb!r} must be at least 0")
+        check_number("most_gb", self.most_gb)
         for q in self.quantiles:
-            if not 0 < q <= 1:
-                raise ConfigError(f"quantiles={q!r} must be above 0 and at most 1")
+            check_number("quantiles", q, 0, 1, above=True)
         for part in self.chosen:
             if part not in PARTS:
                 raise ConfigError(f"parts={self.parts!r}: {part!r} must be one of a, b, c, d")

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from polyak.analysis.hessian import Operator
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.statistics.intervals import FEWEST, Interval, needed, two_stage
 
@@ -104,8 +105,7 @@ def trace(
     """
     if not precision > 0:
         raise ConfigError(f"trace_precision={precision} must be above 0")
-    if max_probes < FEWEST:
-        raise ConfigError(f"max_probes={max_probes} must be at least {FEWEST}")
+    check_whole("max_probes", max_probes, FEWEST)
     known = 0.0 if vectors is None or images is None else float((vectors * images).sum())
 
     def sample(probe: int) -> tuple[float, float]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polyak.checks import check_whole
 from polyak.cli._options import parse
-from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,10 +69,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "batch_size", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads={self.threads} must be at least 1")
+            check_whole(name, getattr(self, name))
+        check_whole("threads", self.threads, optional=True)
 
 
 def main(words: Sequence[str]) -> int:

@@ -7,11 +7,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from polyak.checks import check_whole
 from polyak.cli._options import parse
+from polyak.cli._runs import RunPaths, check_named, look
 from polyak.errors import ConfigError
 from polyak.evaluation.config import EvaluateConfig
 
@@ -31,11 +30,7 @@ examples:
 class EvaluateOptions(EvaluateConfig):
     """Which runs, on what, and where the page goes."""
 
-    runs: Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
-    ] = ()
+    runs: RunPaths = ()
     """Finished runs, comparisons, or folders of runs; differences are from the first."""
 
     tasks: str | None = None
@@ -55,47 +50,48 @@ class EvaluateOptions(EvaluateConfig):
         if self.tasks is not None and not all(name.strip() for name in self.tasks.split(",")):
             raise ConfigError(f"tasks={self.tasks!r} must be names separated by commas")
         for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+            check_whole(name, getattr(self, name), least, optional=True)
         for name in ("shots", "limit", "task_folder"):
             if self.tasks is None and getattr(self, name) is not None:
                 raise ConfigError(f"{name} is about downstream tasks; name them with --tasks")
-        if not self.runs:
-            raise ConfigError("no run is named; write polyak evaluate RUN, a run's folder")
+        check_named(self.runs, "evaluate RUN, a run's folder")
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(EvaluateOptions, "evaluate", words, DESCRIPTION)
-    from rich.console import Console
-
-    from polyak.cli._bars import Bar
+    if config.tasks is not None:
+        return _downstream(config, [name.strip() for name in config.tasks.split(",")], words)
     from polyak.study.evaluation.measure import evaluate
     from polyak.study.evaluation.page import tables
 
-    console = Console(markup=False, highlight=False)
-    command = shlex.join(["polyak", "evaluate", *words])
-    if config.tasks is not None:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets
-        from polyak.study.evaluation import downstream
+    return look(
+        "evaluate",
+        words,
+        config.out,
+        lambda line, bar, _: evaluate(config.runs, config, command=line, progress=bar),
+        tables,
+    )
 
-        results = downstream.downstream(
-            config.runs,
-            [name.strip() for name in config.tasks.split(",")],
-            out=config.out,
-            command=command,
-            shots=config.shots,
-            limit=config.limit,
-            folder=config.task_folder,
-            batch_size=config.batch_size,
-            device=config.device,
-        )
-        console.print(downstream.table(results), width=80)
-        console.print(f"Results: {config.out / 'results.json'}", soft_wrap=True)
-        return 0
-    with Bar(console) as bar:
-        results = evaluate(config.runs, config, command=command, progress=bar)
-    console.print(tables(results), width=80)
-    console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
+
+def _downstream(config: EvaluateOptions, tasks: list[str], words: Sequence[str]) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets
+    from rich.console import Console
+
+    from polyak.study.evaluation import downstream
+
+    results = downstream.downstream(
+        config.runs,
+        tasks,
+        out=config.out,
+        command=shlex.join(["polyak", "evaluate", *words]),
+        shots=config.shots,
+        limit=config.limit,
+        folder=config.task_folder,
+        batch_size=config.batch_size,
+        device=config.device,
+    )
+    console = Console(markup=False, highlight=False)
+    console.print(downstream.table(results), width=80)
+    console.print(f"Results: {config.out / 'results.json'}", soft_wrap=True)
     return 0

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from polyak.cli._options import parse
-from polyak.errors import ConfigError
+from polyak.cli._runs import RunPaths, check_named, look
 from polyak.evaluation.config import ForgettingConfig
 
 DESCRIPTION = """Train finished models on another corpus and measure what they forget of
@@ -31,32 +26,24 @@ examples:
 class ForgettingOptions(ForgettingConfig):
     """Which runs, onto what, and how."""
 
-    runs: Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
-    ] = ()
+    runs: RunPaths = ()
     """Finished runs, comparisons, or folders of runs."""
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise ConfigError("no run is named; write polyak forgetting RUN --onto CORPUS")
+        check_named(self.runs, "forgetting RUN --onto CORPUS")
         ForgettingConfig.__post_init__(self)
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(ForgettingOptions, "forgetting", words, DESCRIPTION)
-    from rich.console import Console
-
-    from polyak.cli._bars import Bar
     from polyak.study.forgetting.measure import forgetting
     from polyak.study.forgetting.page import tables
 
-    console = Console(markup=False, highlight=False)
-    command = shlex.join(["polyak", "forgetting", *words])
-    with Bar(console) as bar:
-        results = forgetting(config.runs, config, command=command, progress=bar)
-    console.print(tables(results), width=80)
-    console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
-    return 0
+    return look(
+        "forgetting",
+        words,
+        config.out,
+        lambda line, bar, _: forgetting(config.runs, config, command=line, progress=bar),
+        tables,
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polyak.checks import check_whole
 from polyak.cli._options import parse
 from polyak.errors import ConfigError, DataError
 from polyak.evaluation.sampling_config import SamplingConfig
@@ -72,8 +73,7 @@ class GenerateConfig(SamplingConfig):
         if self.run is None:
             raise ConfigError("no run is named; write polyak generate RUN, a run's folder")
         for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            check_whole(name, getattr(self, name))
         if self.prompt and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are both given; use one of them")
 

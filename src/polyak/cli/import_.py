@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from polyak.checks import check_whole
 from polyak.cli._options import parse
-from polyak.errors import ConfigError
 
 DESCRIPTION = """Take in a model that was trained elsewhere as a run: a released checkpoint of
 arXiv:2605.24425 (a state dict, or one with step, val_loss and optimizer), or
@@ -46,10 +46,8 @@ class ImportConfig:
     """Validation tokens to measure on."""
 
     def __post_init__(self) -> None:
-        if self.num_heads is not None and self.num_heads < 1:
-            raise ConfigError(f"num_heads={self.num_heads} must be at least 1")
-        if self.tokens < 1:
-            raise ConfigError(f"tokens={self.tokens} must be at least 1")
+        check_whole("num_heads", self.num_heads, optional=True)
+        check_whole("tokens", self.tokens)
 
 
 def main(words: Sequence[str]) -> int:

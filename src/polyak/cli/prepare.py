@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from polyak.checks import check_whole
 from polyak.cli._options import parse
 from polyak.errors import ConfigError
 
@@ -69,9 +70,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         for name in ("workers", "shard_tokens", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+            check_whole(name, getattr(self, name), optional=True)
         if self.verify and self.bench:
             raise ConfigError("--verify and --bench exclude each other; give one of them")
         if self.out is not None and not self.bench:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.cli._options import parse
-from polyak.errors import ConfigError
+from polyak.cli._runs import RunPaths, check_named, look
 
 DESCRIPTION = """Singular values of the Jacobians of trained models' blocks on fixed tokens:
 both ends with residuals, condition, stable rank, norm and quantiles; of x
@@ -31,32 +26,24 @@ examples:
 class SpectrumOptions(SpectrumConfig):
     """Which runs, and what is looked at."""
 
-    runs: Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
-    ] = ()
+    runs: RunPaths = ()
     """Finished runs, comparisons, or folders of runs."""
 
     def __post_init__(self) -> None:
         SpectrumConfig.__post_init__(self)
-        if not self.runs:
-            raise ConfigError("no run is named; write polyak spectrum RUN, a run's folder")
+        check_named(self.runs, "spectrum RUN, a run's folder")
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(SpectrumOptions, "spectrum", words, DESCRIPTION)
-    from rich.console import Console
-
-    from polyak.cli._bars import Bar
     from polyak.study.spectrum.measure import spectra
     from polyak.study.spectrum.page import tables
 
-    console = Console(markup=False, highlight=False)
-    command = shlex.join(["polyak", "spectrum", *words])
-    with Bar(console) as bar:
-        results = spectra(config.runs, config, command=command, progress=bar)
-    console.print(tables(results), width=80)
-    console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
-    return 0
+    return look(
+        "spectrum",
+        words,
+        config.out,
+        lambda line, bar, _: spectra(config.runs, config, command=line, progress=bar),
+        tables,
+    )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from polyak.cli._options import parse
-from polyak.errors import ConfigError, unknown
+from polyak.cli._runs import RunPaths, check_named, look
+from polyak.errors import unknown
 from polyak.study.landscape.config import LandscapeConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from polyak.cli._bars import Bar
 
 STUDIES = {"landscape": "losses, sharpness, forgetting and Jacobian spectra of several runs"}
 
@@ -32,17 +34,12 @@ examples:
 class LandscapeOptions(LandscapeConfig):
     """Which runs, and what is measured of them."""
 
-    runs: Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(at least one)"),
-    ] = ()
+    runs: RunPaths = ()
     """Finished runs, comparisons, or folders of runs."""
 
     def __post_init__(self) -> None:
         LandscapeConfig.__post_init__(self)
-        if not self.runs:
-            raise ConfigError("no run is named; write polyak study landscape RUN, a run's folder")
+        check_named(self.runs, "study landscape RUN, a run's folder")
 
 
 def usage() -> str:
@@ -68,24 +65,18 @@ def main(words: Sequence[str]) -> int:
 
 def _landscape(words: Sequence[str]) -> int:
     config = parse(LandscapeOptions, "study landscape", words, DESCRIPTION)
-    from rich.console import Console
-
-    from polyak.cli._bars import Bar
     from polyak.study.landscape.measure import landscape
     from polyak.study.landscape.page import tables
     from polyak.words import duration, plural
 
-    console = Console(markup=False, highlight=False)
+    def measure(line: str, bar: Bar, console: Console) -> dict[str, Any]:
+        def planned(parts: int, there: int, seconds: float) -> None:
+            finished = f", {there} of them there already" if there else ""
+            console.print(
+                f"{plural(parts, 'measurement')}{finished}: about {duration(seconds)}.",
+                soft_wrap=True,
+            )
 
-    def planned(parts: int, there: int, seconds: float) -> None:
-        finished = f", {there} of them there already" if there else ""
-        console.print(
-            f"{plural(parts, 'measurement')}{finished}: about {duration(seconds)}.", soft_wrap=True
-        )
+        return landscape(config.runs, config, command=line, planned=planned, progress=bar)
 
-    command = shlex.join(["polyak", "study", "landscape", *words])
-    with Bar(console) as bar:
-        results = landscape(config.runs, config, command=command, planned=planned, progress=bar)
-    console.print(tables(results), width=80)
-    console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
-    return 0
+    return look("study landscape", words, config.out, measure, tables)

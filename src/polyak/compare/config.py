@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.training.config.run import Device
 
@@ -63,18 +64,12 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "sweep_seeds"):
-            self._positive(name)
+            check_whole(name, getattr(self, name))
         for name in ("steps", "jobs"):
-            if getattr(self, name) is not None:
-                self._positive(name)
+            check_whole(name, getattr(self, name), optional=True)
         if self.seeds >= SWEEP_SEED:
             raise ConfigError(f"seeds={self.seeds} must be below {SWEEP_SEED}")
         if self.quick and self.rules is not None:
             raise ConfigError(
                 "quick=True compares a fixed pair of rules; leave out either --quick or --rules"
             )
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from polyak.checks import check_whole
 from polyak.data.shards import Tokens
 from polyak.errors import ConfigError, DataError
 
@@ -45,8 +46,9 @@ class TrainBatches:
     """
 
     def __init__(self, tokens: Tokens, context_length: int, batch_size: int, seed: int) -> None:
-        _at_least(1, context_length=context_length, batch_size=batch_size)
-        _at_least(0, seed=seed)
+        check_whole("context_length", context_length)
+        check_whole("batch_size", batch_size)
+        check_whole("seed", seed, 0)
         _check_length(tokens, context_length)
         self._tokens = tokens
         self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
@@ -58,7 +60,7 @@ class TrainBatches:
 
         Inputs are `[:, :-1]`, targets `[:, 1:]`. Steps can be asked for in any order.
         """
-        _at_least(0, step=step)
+        check_whole("step", step, 0)
         result = np.empty((self.batch_size, self.context_length + 1), dtype=np.int64)
         first = step * self.batch_size
         for row in range(self.batch_size):
@@ -120,7 +122,8 @@ class ValidationBatches:
         *,
         byte_table: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        _at_least(1, context_length=context_length, batch_size=batch_size)
+        check_whole("context_length", context_length)
+        check_whole("batch_size", batch_size)
         if max_tokens is not None and max_tokens < context_length:
             raise ConfigError(
                 f"max_tokens={max_tokens} is less than one validation block; use at least "
@@ -175,9 +178,3 @@ def _check_length(tokens: Tokens, context_length: int) -> None:
             f"context_length={context_length} needs {context_length + 1}; use more text or a "
             "smaller context_length"
         )
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name}={value} must be at least {least}")

@@ -16,10 +16,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from polyak.checks import check_whole
 from polyak.data.corpora import Splitter
 from polyak.data.documents import Reader
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer, utf8
-from polyak.errors import ConfigError, DataError
+from polyak.errors import DataError
 
 # Characters that are encoded together. Too small for memory to matter, and large enough that
 # handing a chunk to another process costs nothing beside encoding it.
@@ -124,8 +125,7 @@ class Encoder:
     def __init__(
         self, tokenizer: Tokenizer, folder: Path, sides: int, workers: int | None = None
     ) -> None:
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers={workers} must be at least 1")
+        check_whole("workers", workers, optional=True)
         self._tokenizer, self._folder, self._sides = tokenizer, folder, sides
         self._warm_up = 0 if workers else _WARM_UP
         if workers is None:  # bytes are encoded as fast as they are handed to another process

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from polyak.checks import check_whole
 from polyak.data import journal
 from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
 from polyak.data.documents import open_reader
@@ -133,8 +134,7 @@ def prepare(
         ConfigError, UnknownNameError, DataError, MissingExtraError: what the user can fix.
         HubError: a `DataError`; the hub cannot be reached. What is done is kept.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers} must be at least 1")
+    check_whole("workers", workers, optional=True)
     plan = _plan(corpus, tokenizer, text_field, cache, validation_fraction, shard_tokens)
     final = plan.final
     if final.exists():
@@ -356,8 +356,7 @@ def _plan(
     fraction: float | None,
     shard_tokens: int,
 ) -> _Plan:
-    if shard_tokens < 1:
-        raise ConfigError(f"shard_tokens={shard_tokens} must be at least 1")
+    check_whole("shard_tokens", shard_tokens)
     name = parse_name(tokenizer)
     if fraction is not None:
         check_fraction(fraction)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from polyak.checks import check_number, check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.training.config.run import Device
 from polyak.training.config.training import Optimizer, TrainingConfig
@@ -50,9 +50,8 @@ class EvaluateConfig:
     """Folder for report.html and results.json."""
 
     def __post_init__(self) -> None:
-        _whole(self, "tokens", 1)
-        if self.stride is not None:
-            _whole(self, "stride", 1)
+        check_whole("tokens", self.tokens)
+        check_whole("stride", self.stride, optional=True)
         for name, kind in (("split", Split), ("device", Device)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
@@ -115,14 +114,13 @@ class ForgettingConfig:
         if not self.onto.strip():
             raise ConfigError("onto: no corpus is named to train on; add --onto CORPUS")
         for name in ("steps", "batch_size", "eval_tokens"):
-            _whole(self, name, 1)
+            check_whole(name, getattr(self, name))
         for name in ("warmup", "seed"):
-            _whole(self, name, 0)
+            check_whole(name, getattr(self, name), 0)
         for name in ("eval_every", "micro_batch_size"):
-            if getattr(self, name) is not None:
-                _whole(self, name, 1)
+            check_whole(name, getattr(self, name), optional=True)
         for name in ("lr", "muon_lr", "weight_decay"):
-            _number(self, name, 0)
+            check_number(name, getattr(self, name))
         for name, kind in (("optimizer", Optimizer), ("device", Device)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
@@ -170,17 +168,3 @@ def corpora_of(text: str) -> tuple[str | None, ...]:
     if not parts:
         raise ConfigError("corpora: nothing to evaluate on; name at least one corpus, or 'own'")
     return tuple(None if part == OWN else part for part in dict.fromkeys(parts))
-
-
-def _whole(config: object, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def _number(config: object, name: str, low: float, high: float = math.inf) -> None:
-    value = getattr(config, name)
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
-        bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ConfigError(f"{name}={value!r} must be a number {bound}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from polyak.checks import check_number, check_whole
 from polyak.errors import ConfigError
 
 
@@ -34,35 +34,17 @@ class SamplingConfig:
     """Go on past the end-of-text token."""
 
     def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("seed", self.seed, 0)
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_whole("seed", self.seed, 0)
         if self.seed >= 2**62:
             raise ConfigError(f"seed={self.seed} must be below 2^62")
-        if self.top_k is not None:
-            _whole("top_k", self.top_k, 1)
-        _number("temperature", self.temperature, "a number of at least 0", minimum=0)
-        _number("repetition_penalty", self.repetition_penalty, "a number above 0")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(
-                f"repetition_penalty={self.repetition_penalty!r} must be a number above 0"
-            )
+        check_whole("top_k", self.top_k, optional=True)
+        check_number("temperature", self.temperature)
+        check_number("repetition_penalty", self.repetition_penalty, above=True)
         if self.top_p is not None:
-            _number("top_p", self.top_p, "a number above 0, up to 1")
-            if not 0 < self.top_p <= 1:
-                raise ConfigError(f"top_p={self.top_p!r} must be a number above 0, up to 1")
+            check_number("top_p", self.top_p, 0, 1, above=True)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise ConfigError(f"stop={self.stop!r} must be a tuple of strings")
         if "" in self.stop:
             raise ConfigError("stop='' would end every text before it begins; leave it out")
         object.__setattr__(self, "stop", tuple(self.stop))
-
-
-def _whole(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {minimum}")
-
-
-def _number(name: str, value: object, what: str, minimum: float = -math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < minimum:  # type: ignore[arg-type, operator]
-        raise ConfigError(f"{name}={value!r} must be {what}")

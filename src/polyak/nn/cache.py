@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 
 
@@ -34,8 +35,7 @@ class KeyValueCache:
     """
 
     def __init__(self, length: int) -> None:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise ConfigError(f"length={length!r} must be a whole number of at least 1")
+        check_whole("length", length)
         self.length = length
         self._slots: list[tuple[Tensor, Tensor]] = []
         self._seen: list[int] = []

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.presets import Preset, preset_fields
 from polyak.settings import check_keys
@@ -97,9 +98,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "vocab_size", "context_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+            check_whole(name, getattr(self, name))
         if self.d_model % self.num_heads:
             divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(divisors, key=lambda h: (abs(h - self.num_heads), h))
@@ -128,10 +127,7 @@ class ModelConfig:
 
     def _check_backbone(self) -> None:
         for name in ("num_kv_heads", "head_dim", "mlp_width"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= 1):
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1, or none")
+            check_whole(name, getattr(self, name), optional=True)
         if self.num_heads % self.kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ConfigError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
 
@@ -83,8 +84,7 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     position = last if position is None else position
     if not 0 <= position <= last:
         raise ConfigError(f"position={position} must be from 0 to {last}, the end of the context")
-    if bytes_per_number < 1:
-        raise ConfigError(f"bytes_per_number={bytes_per_number} must be at least 1")
+    check_whole("bytes_per_number", bytes_per_number)
     rule = rules.get(config.rule)
     step = step_cost(
         rule,

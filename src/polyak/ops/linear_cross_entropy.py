@@ -21,6 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.ops.autograd import (
     apply_uncompiled,
@@ -90,8 +91,7 @@ def linear_cross_entropy(
     tokens, vocabulary = _check(features, weight, targets)
     if method not in get_args(Method):
         raise unknown("method", method, get_args(Method))
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    check_whole("chunk_tokens", chunk_tokens, optional=True)
     if using_reference_forms():
         return linear_cross_entropy_reference(features, weight, targets)
     compute = _compute_dtype(features, weight)

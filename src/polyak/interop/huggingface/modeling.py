@@ -18,10 +18,8 @@ from polyak.errors import ConfigError
 from polyak.interop.huggingface.base import PolyakPreTrainedModel
 
 
-class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
-    """A language model whose layers are optimizer steps."""
-
-    _causal = True
+class _LanguageModel(PolyakPreTrainedModel):
+    """What a decoder and an encoder have in common: tokens in, logits and a loss out."""
 
     def forward(
         self,
@@ -38,17 +36,17 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab) and, with labels, the loss of the token after each position.
+        """Logits (B, T, vocab) and, with labels, the loss: see the class.
 
         Args:
             input_ids: tokens (B, T); with a cache, those after the cached ones.
             attention_mask: (B, S), 1 for real tokens, 0 for padding on either side; S counts
                 cached tokens.
             position_ids: (B, T); default 0, 1, … from the first real token.
-            past_key_values: a cache of transformers.
+            past_key_values: a cache of transformers; encoders have none.
             inputs_embeds: refused; streams have tables of their own.
             labels: (B, T), not shifted; -100 is left out.
-            use_cache: return a cache to go on with; by default when not training.
+            use_cache: return a cache to go on with; by default a decoder does when not training.
             output_attentions: refused.
             output_hidden_states: also return x before the first block, after each, and, last,
                 after the final norm.
@@ -63,7 +61,8 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ConfigError("logits_to_keep: labels need all logits; leave one of the two out")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+            use_cache = self._causal and self.config.use_cache and not self.training
+            use_cache = use_cache and labels is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden, named = self._choices(output_hidden_states, return_dict)
@@ -81,13 +80,16 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
         if labels is not None:
             scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **scale)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=states,
-        )
+        cache = {"past_key_values": past_key_values if use_cache else None} if self._causal else {}
+        kind = CausalLMOutputWithPast if self._causal else MaskedLMOutput
+        output = kind(loss=loss, logits=logits, hidden_states=states, **cache)
         return output if named else output.to_tuple()
+
+
+class PolyakForCausalLM(_LanguageModel, GenerationMixin):
+    """A language model whose layers are optimizer steps; the loss is the next token's."""
+
+    _causal = True
 
     def generate(
         self,
@@ -168,6 +170,12 @@ class PolyakForCausalLM(PolyakPreTrainedModel, GenerationMixin):
         return inputs
 
 
+class PolyakForMaskedLM(_LanguageModel):
+    """An encoder (`causal=False`) whose layers are optimizer steps; the loss is of the labels."""
+
+    _causal = False
+
+
 class _Told:
     """A cache of transformers 4, whose static kinds must be told where to write."""
 
@@ -210,42 +218,3 @@ class _ContextEnd(StoppingCriteria):
                 stacklevel=2,
             )
         return torch.full(input_ids.shape[:1], end, dtype=torch.bool, device=input_ids.device)
-
-
-class PolyakForMaskedLM(PolyakPreTrainedModel):
-    """An encoder (`causal=False`) whose layers are optimizer steps; it predicts masked tokens."""
-
-    _causal = False
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> Any:
-        """Logits (B, T, vocab) and, with labels, the loss of the token at each position.
-
-        Arguments and errors are those of `PolyakForCausalLM.forward`.
-        """
-        hidden, named = self._choices(output_hidden_states, return_dict)
-        logits, states = self._logits(
-            input_ids,
-            inputs_embeds,
-            output_attentions,
-            hidden,
-            0,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
-        loss = None
-        if labels is not None:
-            scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **scale)
-        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
-        return output if named else output.to_tuple()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from polyak.errors import ConfigError, unknown
+from polyak.checks import check_number, check_whole
+from polyak.errors import unknown
 from polyak.training.config.run import Device
 from polyak.training.config.training import Optimizer
 
@@ -65,15 +65,10 @@ class LandscapeConfig:
         for name, least in (
             *(("eval_tokens", 1), ("sharpness_tokens", 1), ("forgetting_steps", 1), ("seed", 0)),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least)
         for name in ("trace_precision", "rho", "forgetting_lr"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name}={value!r} must be a number above 0")
-        if self.spectrum_length is not None and self.spectrum_length < 2:
-            raise ConfigError(f"spectrum_length={self.spectrum_length} must be at least 2")
+            check_number(name, getattr(self, name), above=True)
+        check_whole("spectrum_length", self.spectrum_length, 2, optional=True)
         for name, kind in (("spectrum_runs", Which), ("device", Device)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))

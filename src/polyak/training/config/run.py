@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
@@ -54,9 +55,7 @@ class RunConfig:
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise unknown("tracker", str(tracker), TRACKERS)
-        threads = self.threads
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads={threads!r} must be a whole number of at least 1, or none")
+        check_whole("threads", self.threads, optional=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

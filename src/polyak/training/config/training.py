@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from polyak.checks import check_number, check_whole, is_number
 from polyak.errors import ConfigError, unknown
 from polyak.settings import check_keys
 
@@ -99,25 +99,24 @@ class TrainingConfig:
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
         for name in ("steps", "batch_size", "eval_tokens"):
-            self._whole(name, 1)
-        self._whole("keep_checkpoints", 2)
+            check_whole(name, getattr(self, name))
+        check_whole("keep_checkpoints", self.keep_checkpoints, 2)
         for name in ("seed", "skip_nonfinite"):
-            self._whole(name, 0)
+            check_whole(name, getattr(self, name), 0)
         for name, most in (("steps", 10**12), ("seed", 2**63 - 1)):
             if getattr(self, name) > most:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at most {most}")
         for name in ("micro_batch_size", "eval_every", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                self._whole(name, 1)
+            check_whole(name, getattr(self, name), optional=True)
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} does not divide "
                 f"batch_size={self.batch_size}; choose a divisor"
             )
         for name in ("muon_lr", "adam_lr", "scalar_lr", "weight_decay", "sam_rho"):
-            self._number(name, 0, math.inf)
+            check_number(name, getattr(self, name))
         for name in ("warmup", "decay_start", "final_rate"):
-            self._number(name, 0, 1)
+            check_number(name, getattr(self, name), 0, 1)
         if self.schedule == "wsd" and self.decay_start < self.warmup:
             raise ConfigError(
                 f"decay_start={self.decay_start!r} is before the end of the warm-up "
@@ -130,32 +129,13 @@ class TrainingConfig:
             )
         if not isinstance(self.compile, bool):
             raise ConfigError(f"compile={self.compile!r} must be true or false")
-        if not (self._is_number(self.muon_momentum) and 0 <= self.muon_momentum < 1):
+        if not (is_number(self.muon_momentum) and 0 <= self.muon_momentum < 1):
             raise ConfigError(f"muon_momentum={self.muon_momentum!r} must be from 0 to below 1")
         object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas={self.adam_betas!r} must be two numbers in [0, 1)")
         for name in ("clip", "checkpoint_minutes"):
-            value = getattr(self, name)
-            if not (self._is_number(value) and value > 0):
-                raise ConfigError(f"{name}={value!r} must be a number above 0")
-
-    @staticmethod
-    def _is_number(value: object) -> bool:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
-
-    def _number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not self._is_number(value) or not low <= value <= high:
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"{name}={value!r} must be a number {bound}")
+            check_number(name, getattr(self, name), above=True)
 
     @property
     def eval_interval(self) -> int:

@@ -1,0 +1,49 @@
+"""Checks that configuration fields share; each failure is one line with field, value and fix."""
+
+from __future__ import annotations
+
+import math
+
+from polyak.errors import ConfigError
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_whole(name: str, value: object, least: int = 1, *, optional: bool = False) -> None:
+    """See that a field is a whole number of at least `least`, or None where that is allowed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if optional and value is None:
+        return
+    if not is_whole(value) or value < least:  # type: ignore[operator]
+        other = ", or none" if optional else ""
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}{other}")
+
+
+def check_number(
+    name: str, value: object, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> None:
+    """See that a field is a finite number from `low` to `high`; not `low` itself with `above`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if is_number(value):
+        number = float(value)  # type: ignore[arg-type]
+        if low <= number <= high and not (above and number == low):
+            return
+    start = f"above {low:g}" if above else f"of at least {low:g}" if high == math.inf else None
+    bound = f"from {low:g} to {high:g}" if start is None else start
+    if above and high != math.inf:
+        bound = f"{start}, up to {high:g}"
+    raise ConfigError(f"{name}={value!r} must be a number {bound}")
