@@ -91,6 +91,18 @@ def test_momentum_attention_is_the_released_recurrence(number: int, chunk_size: 
     state_conforms(tensors, ops.momentum_attention_with_state(*inputs, **options)[1])
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_adaptive_attention_is_the_released_recurrence(number: int, chunk_size: int) -> None:
+    tensors, given = load(f"attention_adaptive_recurrent_{number}")
+    options: Any = {"gamma": given["gamma"], "eps": given["eps"], "chunk_size": chunk_size}
+    assert given["delta"] == pytest.approx(1 - 0.9999)
+    conforms(tensors, lambda *x: ops.adaptive_momentum_attention(*x, **options))
+    conforms(tensors, lambda *x: ops.adaptive_momentum_attention_recurrent(*x, **options)[0])
+    inputs = tensors["query"], tensors["key"], tensors["value"]
+    state_conforms(tensors, ops.adaptive_momentum_attention_with_state(*inputs, **options)[1])
+
+
 @pytest.mark.parametrize("form", ["two_sided", "read_after_write"])
 def test_bidirectional_momentum_attention_conforms(form: str) -> None:
     tensors, given = load(f"attention_momentum_{form}")

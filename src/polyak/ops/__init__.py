@@ -6,6 +6,12 @@ value and gradient.
 
 from __future__ import annotations
 
+from polyak.ops.attention.adaptive import (
+    adaptive_momentum_attention,
+    adaptive_momentum_attention_recurrent,
+    adaptive_momentum_attention_step,
+    adaptive_momentum_attention_with_state,
+)
 from polyak.ops.attention.feature_maps import FEATURE_MAPS
 from polyak.ops.attention.linear import (
     linear_attention,
@@ -57,6 +63,10 @@ __all__ = [
     "AttentionOptions",
     "AttentionState",
     "Pair",
+    "adaptive_momentum_attention",
+    "adaptive_momentum_attention_recurrent",
+    "adaptive_momentum_attention_step",
+    "adaptive_momentum_attention_with_state",
     "axpby",
     "axpby_reference",
     "axpy",

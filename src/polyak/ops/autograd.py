@@ -178,6 +178,38 @@ def to_differentiate(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() or any(_unpack(t)[1] is not None for t in tensors)
 
 
+def gradients_again(
+    function: Callable[..., tuple[Tensor | None, ...]],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of plain code, inside a backward pass that is differentiated or batched.
+
+    Args:
+        function: plain torch code of the same value, from all of `tensors`.
+        tensors: the saved inputs.
+        needed: which of them need a gradient.
+        grads: of each result; None where a result has none.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, because one input may have been computed from another
+        tensors = [None if t is None else t.view_as(t) for t in tensors]
+        results = zip(function(*tensors), grads, strict=True)
+        used = [(r, g) for r, g in results if r is not None and g is not None and r.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in used],
+                [t for t, n in zip(tensors, needed, strict=True) if n and t is not None],
+                [g for _, g in used],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if n else None for n in needed]
+
+
 def in_legacy_vmap(*tensors: Tensor) -> bool:
     """Whether a tensor is batched by `torch.autograd.grad(..., is_grads_batched=True)`.
 

@@ -6,13 +6,14 @@ The slope is a function of φ's own value, so that nothing else has to be kept f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from polyak.errors import unknown
+from polyak.ops.autograd import apply
 
 
 class FeatureMap(NamedTuple):
@@ -47,3 +48,24 @@ def feature_map_named(name: str) -> FeatureMap:
     if name not in FEATURE_MAPS:
         raise unknown("feature_map", name, FEATURE_MAPS)
     return FEATURE_MAPS[name]
+
+
+def mapped(x: Tensor, name: str) -> Tensor:
+    """φ(x), with nothing but itself kept for the gradient."""
+    result: Tensor = apply(_Map, x, name)
+    return result
+
+
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        y = FEATURE_MAPS[name].apply(x)
+        y = y.view_as(y) if y is x else y
+        ctx.save_for_backward(y)
+        ctx.name = name
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors  # its own graph serves a gradient of this gradient
+        return grad * FEATURE_MAPS[ctx.name].slope(y), None

@@ -41,7 +41,7 @@ class WeightGradients:
 
     def __init__(self, weights: tuple[Tensor | None, ...], needed: tuple[bool, ...]) -> None:
         self.found = [
-            torch.zeros_like(w) if n and w is not None else None
+            w.new_zeros(w.shape) if n and w is not None else None
             for w, n in zip(weights, needed, strict=True)
         ]
 

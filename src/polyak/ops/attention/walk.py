@@ -29,6 +29,7 @@ from polyak.ops.attention.weights import Weights
 from polyak.ops.autograd import (
     apply_uncompiled,
     full_precision,
+    gradients_again,
     in_legacy_vmap,
     to_differentiate,
 )
@@ -54,7 +55,7 @@ def walk(
     """
     tensors = [t for t in (query, key, value, *state, *whole, *(rest or ())) if t is not None]
     with full_precision(query.device):
-        if not torch.compiler.is_compiling() and not _ordinary(tensors):
+        if not torch.compiler.is_compiling() and not ordinary(tensors):
             return plain_walk(query, key, value, state, form, whole, rest)
         out, *after = apply_uncompiled(
             _Walk, form, query, key, value, *state, *whole, *(rest or ())
@@ -62,7 +63,7 @@ def walk(
     return out, Memory(*after)
 
 
-def _ordinary(tensors: list[Tensor]) -> bool:
+def ordinary(tensors: list[Tensor]) -> bool:
     """Whether the hand-written gradient can serve: plain tensors, outside every transform."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
@@ -114,7 +115,14 @@ class _Walk(torch.autograd.Function):
         at = [t for t in (*tensors, *grads) if t is not None]
         with full_precision(query.device):
             if to_differentiate(*at) or in_legacy_vmap(*at):
-                return None, *_differentiable_gradients(form, tensors, grads, needed)
+
+                def plain(*tensors: Any) -> tuple[Tensor | None, ...]:
+                    query, key, value, s, p, z, *weights = tensors
+                    whole, rest = _both(tuple(weights))
+                    out, after = plain_walk(query, key, value, Memory(s, p, z), form, whole, rest)
+                    return out, *after
+
+                return None, *gradients_again(plain, tensors, needed, grads)
             by_weights = WeightGradients(weights, needed[6:])
             by_inputs, by_state = gradients(
                 form,
@@ -155,29 +163,3 @@ def _read(at: Operands, states: Memory, part: Section, form: Form) -> tuple[Tens
 def _both(weights: tuple[Any, ...]) -> tuple[Weights, Weights | None]:
     half = len(Weights._fields)
     return Weights(*weights[:half]), Weights(*weights[half:]) if len(weights) > half else None
-
-
-def _differentiable_gradients(
-    form: Form,
-    tensors: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients of `plain_walk`, as code that can be differentiated and batched again."""
-    again = torch.is_grad_enabled()
-    query, key, value, s, p, z, *weights = tensors
-    with torch.enable_grad():
-        whole, rest = _both(tuple(weights))
-        out, after = plain_walk(query, key, value, Memory(s, p, z), form, whole, rest)
-        results = [(t, g) for t, g in zip((out, *after), grads, strict=True) if g is not None]
-        used = [(t, g) for t, g in results if t is not None and t.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [t for t, _ in used],
-                [t for t, n in zip(tensors, needed, strict=True) if n],
-                [g for _, g in used],
-                create_graph=again,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if n else None for n in needed]

@@ -1,0 +1,234 @@
+"""The coefficients of adaptive momentum attention, chunk by chunk, without its matrices.
+
+Every μ depends on |P|, and so on every μ before it; but within a chunk P is a known combination of
+its U = k vᵀ, so |P|² follows from inner products ⟨U_i, U_j⟩ = (k_i·k_j)(v_i·v_j).  What is left of
+the recurrence is a loop over scalars and C-vectors (`adaptation_loop`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyak.ops.attention.adaptation_loop import MOST, Trace, loop, loop_back
+from polyak.ops.autograd import (
+    apply_uncompiled,
+    full_precision,
+    gradients_again,
+    in_legacy_vmap,
+    to_differentiate,
+)
+
+
+class Tokens(NamedTuple):
+    """What the coefficients depend on, (N, B, H, C, …): keys times their step g, and values.
+
+    change is √(γ|U − U before|).  Where free is 0, μ is `fixed`; None: all are free.
+    """
+
+    key: Tensor
+    value: Tensor
+    change: Tensor
+    free: Tensor | None
+    fixed: Tensor | None
+
+
+def shares(tokens: Tokens, p: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The shares of −P before the chunk and of each g_j U_j in S and in −P.
+
+    With μ = min((1 − √(γ|U − U before|/|P|))², 0.9999), −P after token i holds μ₁…μ_i of −P before
+    the chunk and μ_{j+1}…μ_i of g_j U_j, j ≤ i; S gains −P at every real token.
+
+    Args:
+        tokens: the chunks.
+        p: P before the first, (B, H, D, M).
+        real: which tokens are real, (N, B, 1, C) as numbers; None: all.
+
+    Returns:
+        Shares in S after each token, (N, B, H, C, C + 1), the chunk's before in column 0 and those
+        of token j in column 1 + j; shares in −P after the last token, (N, B, H, C + 1).
+    """
+    total, last = apply_uncompiled(_Shares, *tokens, p, real)
+    return total, last
+
+
+class _Shares(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        key: Tensor,
+        value: Tensor,
+        change: Tensor,
+        free: Tensor | None,
+        fixed: Tensor | None,
+        p: Tensor,
+        real: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        inputs = key, value, change, free, fixed, p, real
+        with full_precision(key.device):
+            return _Shares._forward(ctx, *inputs)
+
+    @staticmethod
+    def _forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        key, value, change, free, fixed, p, real = inputs
+        if not _fast(key):
+            ctx.save_for_backward(*inputs)
+            return _plain(*inputs)
+        k, v, steps = key.flatten(1, 2), value.flatten(1, 2), change.flatten(1, 2)
+        now = p.flatten(0, 1)
+        gram = (k @ k.mT) * (v @ v.mT)
+        saved: list[Tensor] = []
+        befores = []
+        for n in range(len(k)):
+            befores.append(now)
+            held = None
+            if free is not None and fixed is not None:
+                held = free[n].flatten(0, 1), fixed[n].flatten(0, 1)
+            along = ((k[n] @ now) * v[n]).sum(-1)
+            trace = loop(steps[n], gram[n], along, (now * now).sum((-1, -2)), held)
+            saved += trace
+            # the last decays: products of later μ
+            left = trace.mu.flip(0).cumprod(0).flip(0)[..., 0].mT  # R, C
+            kept = torch.cat((left[:, 1:], torch.ones_like(left[:, :1])), dim=1)
+            now = torch.baddbmm(
+                left[:, :1, None] * now, (k[n] * kept[..., None]).mT, v[n], alpha=-1
+            )
+        mu = torch.stack(saved[::4])[..., 0].mT.reshape(change.shape)
+        left, total = _products(mu, real)
+        ctx.save_for_backward(*inputs, left, torch.stack(befores), *saved)
+        return total, left[..., -1, :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: checkpoints hand them out once
+        with full_precision(saved[0].device):
+            return _Shares._backward(saved, ctx.needs_input_grad, *grads)
+
+    @staticmethod
+    def _backward(
+        saved: tuple[Any, ...], needed: tuple[bool, ...], *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        inputs = saved[:7]
+        given = [t for t in (*inputs, *grads) if t is not None]
+        if to_differentiate(*given) or in_legacy_vmap(*given) or not _fast(inputs[0]):
+            return tuple(gradients_again(_plain, inputs, needed, grads))
+        key, value, change, free, _, p, real = inputs
+        left, befores, traces = saved[7].flatten(1, 2), saved[8], saved[9:]
+        k, v = key.flatten(1, 2), value.flatten(1, 2)
+        by_k, by_v = torch.empty_like(k), torch.empty_like(v)
+        by_change = torch.empty_like(change).flatten(1, 2)
+        by_gram = k.new_empty(*k.shape[:-1], k.shape[-2])
+        by_p = torch.zeros_like(befores[0])
+        mu = torch.stack(traces[::4])[..., 0].mT
+        earlier = left[..., :-1, :]
+        by_total, by_last = (None if g is None else g.flatten(1, 2) for g in grads)
+        by_mu = _by_products(mu, earlier, real, by_total, by_last)
+        for n in reversed(range(len(k))):
+            before, last = befores[n], left[n, :, -1]
+            held_over, kept = last[:, :1, None], last[:, 1:, None]
+            pushed = k[n] @ by_p
+            by_last = torch.cat(
+                ((by_p * before).sum((-1, -2))[:, None], -(pushed * v[n]).sum(-1)), dim=-1
+            )
+            to_mu = by_mu[n] + (earlier[n] @ by_last[..., None] * kept)[..., 0]
+            held = None if free is None else free[n].flatten(0, 1)
+            trace = Trace(*traces[4 * n : 4 * n + 4])
+            by_change[n], by_gram[n], by_along, by_size = loop_back(trace, to_mu, held)
+            by_along = by_along[..., None]
+            by_k[n] = (v[n] @ before.mT).mul_(by_along).sub_((v[n] @ by_p.mT).mul_(kept))
+            by_v[n] = (k[n] @ before).mul_(by_along).sub_(pushed.mul_(kept))
+            by_p = held_over * by_p + 2 * by_size[:, None, None] * before
+            by_p = torch.baddbmm(by_p, (k[n] * by_along).mT, v[n])
+        by_keys, by_values = by_gram * (v @ v.mT), by_gram * (k @ k.mT)
+        by_k += by_keys @ k + by_keys.mT @ k
+        by_v += by_values @ v + by_values.mT @ v
+        every = (by_k.view_as(key), by_v.view_as(value), by_change.view_as(change))
+        return *every, None, None, by_p.view_as(p), None
+
+
+def _fast(tensor: Tensor) -> bool:
+    """Whether the loop can run on numbers: a tensor of the CPU, float32 or float64."""
+    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64)
+
+
+def _products(mu: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shares in −P of μ (N, B, H, C), before each token and after the last; shares in S."""
+    size = mu.shape[-1]
+    left = mu.new_zeros(*mu.shape[:-1], size + 1, size + 1)
+    total = mu.new_zeros(*mu.shape, size + 1)
+    left[..., 0, 0] = 1
+    for i in range(size):
+        now = left[..., i + 1, : i + 1]
+        torch.mul(left[..., i, : i + 1], mu[..., i, None], out=now)
+        left[..., i + 1, i + 1] = 1
+        gained, sums = left[..., i + 1, : i + 2], total[..., i, : i + 2]
+        if real is not None:
+            gained = gained * real[..., i, None]
+        torch.add(total[..., i - 1, : i + 2], gained, out=sums) if i else sums.copy_(gained)
+    return left, total
+
+
+def _by_products(
+    mu: Tensor,
+    earlier: Tensor,
+    real: Tensor | None,
+    by_total: Tensor | None,
+    by_last: Tensor | None,
+) -> Tensor:
+    """The gradient of `_products` with rows (R) for (B, H), and the shares before each token."""
+    size = mu.shape[-1]
+    by = torch.zeros_like(earlier)  # of shares in −P
+    if by_last is not None:
+        by[..., -1, :] = by_last
+    later = torch.zeros_like(by[..., -1, :])  # of shares in S, summed over later tokens
+    if real is not None:
+        rows = mu.shape[1] // real.shape[1]
+        real = real.repeat(1, 1, rows, 1).flatten(1, 2)
+    for i in reversed(range(size)):
+        now = by[..., i, : i + 2]
+        if by_total is not None:
+            later.add_(by_total[..., i, :])
+            gain = later[..., : i + 2]
+            now.add_(gain if real is None else gain * real[..., i, None])
+        if i + 1 < size:
+            now.addcmul_(mu[..., i + 1, None], by[..., i + 1, : i + 2])
+    found: Tensor = torch.linalg.vecdot(by, earlier)
+    return found
+
+
+def _plain(
+    key: Tensor,
+    value: Tensor,
+    change: Tensor,
+    free: Tensor | None,
+    fixed: Tensor | None,
+    p: Tensor,
+    real: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`shares` in plain torch code."""
+    found, tiny = [], torch.finfo(change.dtype).tiny
+    for n in range(len(key)):
+        k, v, mus = key[n], value[n], []
+        gram = (k @ k.mT) * (v @ v.mT)
+        y, a = -2 * ((k @ p) * v).sum(-1), (p * p).sum((-1, -2)).clamp_min(tiny)
+        for i in range(change.shape[-1]):
+            mu = (1 - change[n, ..., i] * a.pow(-0.25)).square().clamp(max=MOST)
+            mu = torch.where(a > tiny, mu, 0)
+            if free is not None and fixed is not None:
+                mu = mu * free[n, ..., i] + fixed[n, ..., i]
+            a = (mu * (mu * a + y[..., i]) + gram[..., i, i]).clamp_min(tiny)
+            y = mu[..., None] * y + 2 * gram[..., i, :]
+            mus.append(mu)
+        ones = torch.eye(len(mus) + 1, dtype=p.dtype, device=p.device)
+        rows = [ones[0].expand(*p.shape[:2], -1)]
+        for i, mu in enumerate(mus):
+            rows.append(mu[..., None] * rows[-1] + ones[i + 1])
+        found.append(torch.stack(rows[1:], dim=-2))
+        last = rows[-1]
+        p = last[..., :1, None] * p - (k * last[..., 1:, None]).mT @ v
+    left = torch.stack(found)
+    total = left if real is None else left * real[..., None]
+    return total.cumsum(-2), left[..., -1, :]
