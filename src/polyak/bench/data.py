@@ -21,6 +21,7 @@ from polyak.data.encode import available_cores
 from polyak.data.prepare import open_prepared, prepare
 from polyak.data.tokenizers import Tokenizer
 from polyak.errors import DataError, MissingExtraError
+from polyak.statistics.intervals import spread
 
 
 def compare(
@@ -109,11 +110,7 @@ def compare(
         "ways": [
             {
                 "name": name,
-                "megabytes_per_second": {
-                    "median": statistics.median(values),
-                    "low": min(values),
-                    "high": max(values),
-                },
+                "megabytes_per_second": spread(values),
                 "relative_speed": statistics.median(values) / first,
             }
             for name, values in speeds.items()

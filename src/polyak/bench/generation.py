@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from polyak.bench.models import GPT2, Shape, gpt2_model
-from polyak.bench.timing import Measurement, interleave, spread
+from polyak.bench.timing import Measurement, interleave
 from polyak.errors import ConfigError
 from polyak.evaluation.decoder import Decoder
 from polyak.evaluation.generation import Generation
 from polyak.evaluation.sampling_config import SamplingConfig
 from polyak.nn.transformer import Transformer
+from polyak.statistics.intervals import spread
 
 PROMPT = 16
 """Tokens of the prompt."""

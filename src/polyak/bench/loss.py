@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from polyak import ops
-from polyak.bench.timing import Measurement, interleave, peak_bytes, spread
+from polyak.bench.timing import Measurement, interleave, peak_bytes
 from polyak.ops.linear_cross_entropy import tokens_per_chunk
+from polyak.statistics.intervals import spread
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 PLAIN = "plain"

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak import rules
-from polyak.bench.timing import Measurement, interleave, peak_bytes, spread
+from polyak.bench.timing import Measurement, interleave, peak_bytes
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
+from polyak.statistics.intervals import spread
 
 GPT2 = "GPT2LMHeadModel"
 

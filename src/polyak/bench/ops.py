@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyak import ops
-from polyak.bench.timing import Measurement, interleave, spread
+from polyak.bench.timing import Measurement, interleave
+from polyak.statistics.intervals import spread
 
 
 def kernels(tokens: int, num_heads: int, head_dim: int, rounds: int) -> list[Measurement]:

@@ -6,7 +6,6 @@ measurement can be told."""
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +72,3 @@ def threads(count: int | None) -> Iterator[int]:
 def load() -> tuple[float, float, float] | None:
     """The load averages over 1, 5 and 15 minutes, where the system has them."""
     return os.getloadavg() if hasattr(os, "getloadavg") else None
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan
 from polyak.data.prepare import Prepared
 from polyak.files import read_json, write_json
+from polyak.statistics.intervals import spread
 from polyak.training.config.run import RunConfig
 from polyak.training.trainer import Trainer
 
@@ -57,11 +57,7 @@ def measure(
                 progress()
     finally:
         torch.set_num_threads(before)
-    return [errors.get(place) or _spread(found) for place, found in enumerate(rates)]
-
-
-def _spread(found: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
+    return [errors.get(place) or spread(found) for place, found in enumerate(rates)]
 
 
 def _tokens_per_second(trainer: Trainer) -> float:

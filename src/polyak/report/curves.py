@@ -84,11 +84,6 @@ def _after(drawn: Mapping[str, Sequence[tuple[str, Array, Array]]], start: float
     return late if len(late) else np.concatenate([y for _, y in values])
 
 
-def _faint(entries: int) -> float:
-    """Opacity of single seeds: many entries would bury the means."""
-    return 0.55 if entries <= 4 else 0.28
-
-
 UNITS = {
     "step": "optimizer steps",
     "tokens": "training tokens",
@@ -113,9 +108,26 @@ def scale_of(axis: str, largest: float) -> tuple[float, str]:
     return 10.0**power, f"{UNITS[axis]} ($\\times 10^{{{power}}}$)"
 
 
+def _draw_all(
+    axes: Axes,
+    results: Mapping[str, Any],
+    drawn: Mapping[str, Sequence[tuple[str, Array, Array]]],
+    axis: str,
+) -> tuple[float, float, float]:
+    """Every entry's runs; what the axis is divided by, its shortest and its longest run."""
+    shortest, longest = _extent(drawn)
+    scale, label = scale_of(axis, longest)
+    faint = 0.55 if len(drawn) <= 4 else 0.28  # single seeds of many would bury the means
+    for name, style in styles(results).items():
+        if name in drawn:
+            _draw(axes, style, drawn[name], scale, faint)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.set_xlabel(label)
+    return scale, shortest, longest
+
+
 def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
     """Validation loss against tokens, flops or seconds; False if there is nothing to draw."""
-    chosen = styles(results)
     drawn: dict[str, list[tuple[str, Array, Array]]] = {}
     for run in results["runs"]:
         x, y = curve(run, axis)
@@ -123,24 +135,18 @@ def loss_curves(axes: Axes, results: Mapping[str, Any], axis: str) -> bool:
             drawn.setdefault(run["entry"], []).append((run["status"], x, y))
     if not drawn:
         return False
-    shortest, longest = _extent(drawn)
-    scale, label = scale_of(axis, longest)
-    for name in chosen:
-        if name in drawn:
-            _draw(axes, chosen[name], drawn[name], scale, _faint(len(drawn)))
+    scale, shortest, longest = _draw_all(axes, results, drawn, axis)
     values = _after(drawn, START * shortest)
     margin = 0.04 * (values.max() - values.min() or 1)
     axes.set_ylim(values.min() - margin, values.max() + margin)
     axes.set_xlim(0.85 * START * shortest / scale, 1.02 * longest / scale)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats/token)")
     return True
 
 
 def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
     """Paired difference from the baseline against tokens, with the zero line."""
-    chosen, baseline = styles(results), results["baseline"]
+    baseline = results["baseline"]
     base = {run["seed"]: run for run in results["runs"] if run["entry"] == baseline}
     drawn: dict[str, list[tuple[str, Array, Array]]] = {}
     for run in results["runs"]:
@@ -155,12 +161,8 @@ def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
             drawn.setdefault(run["entry"], []).append((status, common, y[own] - base_y[theirs]))
     if not drawn:
         return False
-    shortest, longest = _extent(drawn)
-    scale, label = scale_of("tokens", longest)
     axes.axhline(0, color=color("ink"), linewidth=1.2)
-    for name in chosen:
-        if name in drawn:
-            _draw(axes, chosen[name], drawn[name], scale, _faint(len(drawn)))
+    scale, shortest, longest = _draw_all(axes, results, drawn, "tokens")
     late = _after(drawn, 0.2 * shortest)
     low, high = min(late.min(), 0.0), max(late.max(), 0.0)
     # both sides of zero stay in view: starting behind and crossing later is half the story
@@ -168,7 +170,5 @@ def difference_curves(axes: Axes, results: Mapping[str, Any]) -> bool:
     margin = 0.05 * (high - low or 1)
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, longest / scale * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(label)
     axes.set_ylabel("difference (nats/token)")
     return True

@@ -15,24 +15,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from polyak import words
 from polyak.errors import RunError
 from polyak.files import read_json, write_atomic, write_json
 from polyak.report import svg
-from polyak.words import (
-    NONE,
-    compact,
-    difference_text,
-    duration,
-    fixed,
-    interval_text,
-    listed,
-    loss,
-    mean_and_sd,
-    memory,
-    plural,
-    short,
-    with_error,
-)
 
 
 @lru_cache
@@ -45,24 +31,12 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(
-        compact=compact,
-        memory=memory,
-        loss=loss,
-        duration=duration,
-        short=short,
-        interval=interval_text,
-        difference=difference_text,
-        mean_and_sd=mean_and_sd,
-        with_error=with_error,
-        fixed=fixed,
-        listed=listed,
-        plural=plural,
-        breakable=breakable,
-        scalar=scalar,
-        zip=zip,
-    )
-    made.globals.update(NONE=NONE, palette=svg.css())
+    for name in ("compact", "duration", "fixed", "listed", "loss", "mean_and_sd", "memory"):
+        made.filters[name] = getattr(words, name)
+    made.filters.update(plural=words.plural, short=words.short, with_error=words.with_error)
+    made.filters.update(interval=words.interval_text, difference=words.difference_text)
+    made.filters.update(breakable=breakable, scalar=scalar, zip=zip)
+    made.globals.update(NONE=words.NONE, palette=svg.css())
     return made
 
 
@@ -114,7 +88,7 @@ def breakable(text: str) -> Markup:
 def scalar(value: Any) -> str:
     """A setting as text: floats in short form, lists with commas."""
     if value is None:
-        return NONE
+        return words.NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -122,9 +96,9 @@ def scalar(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(scalar(x) for x in value) or NONE
+        return ", ".join(scalar(x) for x in value) or words.NONE
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {scalar(x)}" for k, x in value.items()) or NONE
+        return ", ".join(f"{k} {scalar(x)}" for k, x in value.items()) or words.NONE
     return str(value)
 
 
@@ -132,5 +106,5 @@ def machine_of(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Versions, commit and hardware as (name, text) pairs."""
     machine = dict(results["machine"])
     if machine.get("memory_bytes"):
-        machine["memory"] = memory(machine.pop("memory_bytes"))
+        machine["memory"] = words.memory(machine.pop("memory_bytes"))
     return [*results["versions"].items(), ("commit", results.get("commit")), *machine.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,13 +32,15 @@ class Interval:
 
     def scaled(self, factor: float) -> Interval:
         """The interval of `factor` times the mean; factor > 0."""
-        return Interval(
-            self.value * factor,
-            self.low * factor,
-            self.high * factor,
-            self.half_width * factor,
-            self.samples,
+        value, low, high, half = (
+            factor * x for x in (self.value, self.low, self.high, self.half_width)
         )
+        return Interval(value, low, high, half, self.samples)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest of repeated measurements, as results.json holds them."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def student(samples: Sequence[float], offset: float = 0.0) -> Interval:

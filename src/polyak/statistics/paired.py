@@ -32,6 +32,7 @@ when the baseline's s.d. is twice the others', 6.4% when it is three times.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -265,25 +266,14 @@ def seeds_needed(
             return True
         return float(stats.nct.sf(c, df, shift)) >= power
 
-    # With known noise the count is this; Student's tails only add a few, so search from just below.
+    # with known noise the count is this, and Student's tails only add to it
     z = critical_value("control", comparisons + 1, 1000) + float(stats.norm.ppf(power))
     start = 2 * (z * noise_sd / difference) ** 2 if difference else math.inf
     if start > 1.1 * limit:
         return None
-    low, step = max(1, int(0.9 * start) - 1), 2  # one seed has no interval, so 1 is never enough
-    while low > 1 and enough(low):
-        low = max(1, low - step)
-    high = low + 1
-    while not enough(high):
-        low, high, step = high, high + step, 2 * step
-        if low > limit:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    if high > limit:
-        return None
-    return high
+    # one seed has no interval, so 1 is never enough
+    found = 2 + bisect_left(range(2, limit + 1), True, key=enough)
+    return found if found <= limit else None
 
 
 def as_dict(value: Summary | None) -> dict[str, Any] | None:

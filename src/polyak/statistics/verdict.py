@@ -101,14 +101,8 @@ def difference_row(compared: Differences, row: int) -> dict[str, Any] | None:
         return None
     n = int(compared.seeds[row])
     if math.isnan(half):
-        return {
-            "mean": mean,
-            "low": None,
-            "high": None,
-            "n": n,
-            "verdict": None,
-            "seeds_needed": None,
-        }
+        unknown = dict.fromkeys(("low", "high", "n", "verdict", "seeds_needed"))
+        return {"mean": mean, **unknown, "n": n}
     found = "better" if mean < -half else "worse" if mean > half else "unresolved"
     needed = seeds_needed(mean, noise, compared.comparisons) if found == "unresolved" else None
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -15,6 +14,7 @@ from polyak.errors import ConfigError, DataError
 from polyak.nn.cost import cost
 from polyak.training.config.recipes import tokenizer_size
 from polyak.training.config.run import RunConfig
+from polyak.training.machine import machine_memory
 from polyak.training.memory import Memory, memory
 from polyak.training.schedules import decay_begins
 
@@ -221,9 +221,7 @@ def device_memory(cuda: bool) -> int | None:
             limits.append(int(file.read_text()))
         except (OSError, ValueError):  # no such group, or "max"
             continue
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(limits, default=None)
+    return min([*limits, *filter(None, [machine_memory()])], default=None)
 
 
 def gib(count: float) -> str:

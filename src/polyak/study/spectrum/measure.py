@@ -7,7 +7,6 @@ results.json as soon as it is known, so that a stopped command goes on with the 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.study.measured import Measurement, measure_runs
 from polyak.training.machine import peak_memory_bytes
+from polyak.training.runs.metrics import without_nonfinite
 
 KIND = "spectrum"
 MAPS = {"a": "frozen", "b": "full", "c": "oracle"}
@@ -161,7 +161,7 @@ def spectrum_of(
                 progress(before / sum(shares.values()), key)
             if key not in done:
                 one = maps[0] if len(maps) == 1 else product(maps, key)
-                done[key] = finite(spectrum(one, options).to_dict())
+                done[key] = without_nonfinite(spectrum(one, options).to_dict())
                 if save is not None:
                     save(done)
             for one in maps:  # one block in memory at a time
@@ -205,16 +205,5 @@ def persistence_of(found: Mapping[str, Any]) -> dict[str, Any]:
     for sequences in made.values():
         for entry in sequences.values():
             logs = [Estimate(**log) for log in entry["layers"]]
-            entry["total"] = finite(dataclasses.asdict(persistence(logs)))
+            entry["total"] = without_nonfinite(dataclasses.asdict(persistence(logs)))
     return made
-
-
-def finite(value: Any) -> Any:
-    """The same value with None for every number that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return value

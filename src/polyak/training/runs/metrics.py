@@ -25,6 +25,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +90,21 @@ def _take_off_part_of_a_line(file: Any) -> None:
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with null for NaN and infinity, and `nonfinite` naming them if there are any."""
     wrong: dict[str, str] = {}
-    clean: dict[str, Any] = _finite(row, "", wrong)
+    clean: dict[str, Any] = without_nonfinite(row, "", wrong)
     return {**clean, "nonfinite": wrong} if wrong else clean
 
 
-def _finite(value: Any, name: str, wrong: dict[str, str]) -> Any:
+def without_nonfinite(value: Any, name: str = "", wrong: dict[str, str] | None = None) -> Any:
+    """A value with None for every number that JSON does not have; `wrong` gets what they were."""
+    again = partial(without_nonfinite, wrong=wrong)
     if isinstance(value, Mapping):
         prefix = f"{name}." if name else ""
-        return {key: _finite(inner, f"{prefix}{key}", wrong) for key, inner in value.items()}
+        return {key: again(inner, f"{prefix}{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner, f"{name}.{place}", wrong) for place, inner in enumerate(value)]
+        return [again(inner, f"{name}.{place}") for place, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        wrong[name] = str(value)
+        if wrong is not None:
+            wrong[name] = str(value)
         return None
     return value
 
