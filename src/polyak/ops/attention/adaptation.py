@@ -118,33 +118,31 @@ class _Shares(torch.autograd.Function):
         key, value, change, free, _, p, real = inputs
         left, befores, traces = saved[7].flatten(1, 2), saved[8], saved[9:]
         k, v = key.flatten(1, 2), value.flatten(1, 2)
-        by_k, by_v = torch.empty_like(k), torch.empty_like(v)
         by_change = torch.empty_like(change).flatten(1, 2)
-        by_gram = k.new_empty(*k.shape[:-1], k.shape[-2])
-        by_p = torch.zeros_like(befores[0])
+        by_gram, by_along = k.new_empty(*k.shape[:-1], k.shape[-2]), torch.empty_like(by_change)
         mu = torch.stack(traces[::4])[..., 0].mT
         earlier = left[..., :-1, :]
         by_total, by_last = (None if g is None else g.flatten(1, 2) for g in grads)
         by_mu = _by_products(mu, earlier, real, by_total, by_last)
+        by_ps, pushed = torch.zeros_like(befores), torch.empty_like(v)
+        by_p = torch.zeros_like(befores[0])
+        kept = left[..., -1, 1:, None]
         for n in reversed(range(len(k))):
-            before, last = befores[n], left[n, :, -1]
-            held_over, kept = last[:, :1, None], last[:, 1:, None]
-            pushed = k[n] @ by_p
-            by_last = torch.cat(
-                ((by_p * before).sum((-1, -2))[:, None], -(pushed * v[n]).sum(-1)), dim=-1
-            )
-            to_mu = by_mu[n] + (earlier[n] @ by_last[..., None] * kept)[..., 0]
+            before, by_ps[n] = befores[n], by_p
+            torch.bmm(k[n], by_p, out=pushed[n])
+            by_left = (by_p * before).sum((-1, -2))[:, None], -(pushed[n] * v[n]).sum(-1)
+            inner = earlier[n] @ torch.cat(by_left, dim=-1)[..., None]
+            to_mu = by_mu[n] + (inner * kept[n])[..., 0]
             held = None if free is None else free[n].flatten(0, 1)
             trace = Trace(*traces[4 * n : 4 * n + 4])
-            by_change[n], by_gram[n], by_along, by_size = loop_back(trace, to_mu, held)
-            by_along = by_along[..., None]
-            by_k[n] = (v[n] @ before.mT).mul_(by_along).sub_((v[n] @ by_p.mT).mul_(kept))
-            by_v[n] = (k[n] @ before).mul_(by_along).sub_(pushed.mul_(kept))
-            by_p = held_over * by_p + 2 * by_size[:, None, None] * before
-            by_p = torch.baddbmm(by_p, (k[n] * by_along).mT, v[n])
-        by_keys, by_values = by_gram * (v @ v.mT), by_gram * (k @ k.mT)
-        by_k += by_keys @ k + by_keys.mT @ k
-        by_v += by_values @ v + by_values.mT @ v
+            by_change[n], by_gram[n], by_along[n], by_size = loop_back(trace, to_mu, held)
+            by_p = left[n, :, -1, :1, None] * by_p + 2 * by_size[:, None, None] * before
+            by_p = torch.baddbmm(by_p, (k[n] * by_along[n, ..., None]).mT, v[n])
+        by_gram = by_gram + by_gram.mT
+        by_k = (by_gram * (v @ v.mT)) @ k - (v @ by_ps.mT).mul_(kept)
+        by_v = (by_gram * (k @ k.mT)) @ v - pushed.mul_(kept)
+        by_k.addcmul_(v @ befores.mT, by_along[..., None])
+        by_v.addcmul_(k @ befores, by_along[..., None])
         every = (by_k.view_as(key), by_v.view_as(value), by_change.view_as(change))
         return *every, None, None, by_p.view_as(p), None
 

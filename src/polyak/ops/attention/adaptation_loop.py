@@ -67,19 +67,20 @@ def _loop(
         a=change.new_empty(tokens + 1, rows, 1),
     )
     mus, xs, ys, sizes = (_array(t) for t in found)
+    own_y = _array(_own(found.y))
     tiny = np.full((1, 1), torch.finfo(change.dtype).tiny, dtype=xs.dtype)
     one, most = np.ones((1, 1), dtype=xs.dtype), np.full((1, 1), MOST, dtype=xs.dtype)
-    changes, own = _by_time(change), _by_time(gram.diagonal(dim1=-2, dim2=-1))
+    own = _by_time(gram.diagonal(dim1=-2, dim2=-1))
     marks = None if held is None else [_by_time(t) for t in held]
-    products = _array(gram) * 2
+    products = _array(gram * 2).swapaxes(0, 1)
     ys[0] = _array(along) * -2
     np.maximum(_array(size)[:, None], tiny, out=sizes[0])
     t = np.empty((rows, 1), dtype=xs.dtype)
-    for i in range(tokens):
-        mu, x, a, y, after = mus[i], xs[i], sizes[i], ys[i], ys[i + 1]
+    views = (mus, xs, _by_time(change), sizes, sizes[1:], ys, ys[1:], own_y, own, products)
+    for i, (mu, x, changed, a, a_after, y, after, y_i, square, product) in enumerate(zip(*views)):  # noqa: B905
         np.sqrt(a, out=t)
         np.sqrt(t, out=t)
-        np.divide(changes[i], t, out=x)
+        np.divide(changed, t, out=x)
         np.subtract(x, one, out=x)
         np.multiply(x, x, out=mu)
         np.minimum(mu, most, out=mu)
@@ -89,12 +90,12 @@ def _loop(
             mu *= marks[0][i]
             mu += marks[1][i]
         np.multiply(mu, a, out=t)
-        np.add(t, y[:, i : i + 1], out=t)
+        np.add(t, y_i, out=t)
         np.multiply(t, mu, out=t)
-        np.add(t, own[i], out=t)
-        np.maximum(t, tiny, out=sizes[i + 1])
+        np.add(t, square, out=t)
+        np.maximum(t, tiny, out=a_after)
         np.multiply(mu, y, out=after)
-        np.add(after, products[:, i], out=after)
+        np.add(after, product, out=after)
     return found
 
 
@@ -104,7 +105,7 @@ def loop_back(
     """Gradients of `loop` with respect to change, gram, along and size, from those of μ (R, C)."""
     mus, x, y, a = trace
     tokens, rows, _ = mus.shape
-    own = y[:-1].diagonal(dim1=0, dim2=2).mT[..., None]
+    own = _own(y)
     tiny = torch.finfo(a.dtype).tiny
     slope = torch.where((x * x < MOST) & (a[:-1] > tiny), 2 * x, 0)  # ∂μ/∂x
     if free is not None:
@@ -114,27 +115,38 @@ def loop_back(
     to_size = torch.where(slope == 0, 0, slope * (x + 1) / (-4 * a[:-1]))
     by_mus, by_ys, by_sizes = torch.empty_like(mus), torch.empty_like(y), torch.empty_like(a)
     by_ys[-1], by_sizes[-1] = 0, 0
-    outs, slopes, sizes = _array(by_mus), _array(by_ys), _array(by_sizes)
-    mu, squares, inner = _array(mus), _array(mus * mus), _array(y)
-    given, to_a = _by_time(by_mu), _array(to_size)
-    along = _array(2 * mus * a[:-1] + own)  # ∂a'/∂μ
-    t = np.empty((rows, 1), dtype=outs.dtype)
-    for i in range(tokens - 1, -1, -1):
-        out, after, later, before = outs[i], slopes[i + 1], sizes[i + 1], slopes[i]
-        np.einsum("rc,rc->r", after, inner[i], out=out[:, 0])
-        np.add(out, given[i], out=out)
-        np.multiply(later, along[i], out=t)
-        np.add(out, t, out=out)
-        np.multiply(mu[i], after, out=before)
-        np.multiply(mu[i], later, out=t)
-        before[:, i : i + 1] += t
-        np.multiply(squares[i], later, out=sizes[i])
-        np.multiply(out, to_a[i], out=t)
-        np.add(sizes[i], t, out=sizes[i])
+    # three factors of the gradient of |P|² after a token: ∂a'/∂μ, ∂a'/∂y_i and ∂a'/∂a
+    factors = torch.cat((2 * mus * a[:-1] + own, mus, mus * mus), dim=-1)
+    spread = a.new_empty(rows, 3).numpy()
+    to_mu, to_y, to_a = spread[:, :1], spread[:, 1:2], spread[:, 2:]
+    work, t = np.empty((rows, tokens), dtype=spread.dtype), np.empty_like(spread[:, :1])
+    slopes, sizes = _array(by_ys), _array(by_sizes)
+    against_time: list[Any] = [
+        _array(x)[::-1] for x in (by_mus, mus, y[:-1], factors, to_size, _own(by_ys))
+    ]
+    views = (*against_time, _by_time(by_mu)[::-1], slopes[:0:-1], slopes[-2::-1])
+    sums = _array(by_mus[..., 0])[::-1]
+    for out, mu, inner, factor, by_size, own_y, given, after, before, later, earlier, total in zip(  # noqa: B905
+        *views, sizes[:0:-1], sizes[-2::-1], sums
+    ):
+        np.multiply(later, factor, out=spread)
+        np.multiply(after, inner, out=work)
+        np.add.reduce(work, axis=1, out=total)
+        np.add(out, given, out=out)
+        np.add(out, to_mu, out=out)
+        np.multiply(mu, after, out=before)
+        np.add(own_y, to_y, out=own_y)
+        np.multiply(out, by_size, out=t)
+        np.add(to_a, t, out=earlier)
     by_change = (by_mus * slope * root)[..., 0].mT
     by_gram = 2 * by_ys[1:].transpose(0, 1)
     by_gram.diagonal(dim1=-2, dim2=-1).add_(by_sizes[1:, :, 0].mT)
     return by_change, by_gram, -2 * by_ys[0], by_sizes[0, :, 0]
+
+
+def _own(y: Tensor) -> Tensor:
+    """y_i before token i, (C, R, 1)."""
+    return y[:-1].diagonal(dim1=0, dim2=2).mT[..., None]
 
 
 def _array(tensor: Tensor) -> Any:
