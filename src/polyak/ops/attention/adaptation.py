@@ -23,7 +23,7 @@ from polyak.ops.autograd import (
 
 
 class Tokens(NamedTuple):
-    """What the coefficients depend on, (N, B, H, C, …): keys times their step g, and values.
+    """What the coefficients depend on, (N, B, H, C, …): keys, and values times their step g.
 
     change is √(γ|U − U before|).  Where free is 0, μ is `fixed`; None: all are free.
     """
@@ -35,23 +35,31 @@ class Tokens(NamedTuple):
     fixed: Tensor | None
 
 
-def shares(tokens: Tokens, p: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The shares of −P before the chunk and of each g_j U_j in S and in −P.
+class Shares(NamedTuple):
+    """Of −P before the chunk (carried) and of each U_j, what is in S and in −P; (N, B, H, C, …).
 
-    With μ = min((1 − √(γ|U − U before|/|P|))², 0.9999), −P after token i holds μ₁…μ_i of −P before
-    the chunk and μ_{j+1}…μ_i of g_j U_j, j ≤ i; S gains −P at every real token.
+    mix[i, j] and carried[i]: in S after token i; written[j] and last[1 + j], last[0]: in S and in
+    −P after the chunk's last token.
+    """
+
+    mix: Tensor
+    carried: Tensor
+    written: Tensor
+    last: Tensor
+
+
+def shares(tokens: Tokens, p: Tensor, real: Tensor | None) -> Shares:
+    """The shares that follow from μ = min((1 − √(γ|U − U before|/|P|))², 0.9999).
+
+    −P after token i holds μ₁…μ_i of −P before the chunk and μ_{j+1}…μ_i of U_j, j ≤ i; S gains −P
+    at every real token.
 
     Args:
         tokens: the chunks.
         p: P before the first, (B, H, D, M).
         real: which tokens are real, (N, B, 1, C) as numbers; None: all.
-
-    Returns:
-        Shares in S after each token, (N, B, H, C, C + 1), the chunk's before in column 0 and those
-        of token j in column 1 + j; shares in −P after the last token, (N, B, H, C + 1).
     """
-    total, last = apply_uncompiled(_Shares, *tokens, p, real)
-    return total, last
+    return Shares(*apply_uncompiled(_Shares, *tokens, p, real))
 
 
 class _Shares(torch.autograd.Function):
@@ -65,14 +73,14 @@ class _Shares(torch.autograd.Function):
         fixed: Tensor | None,
         p: Tensor,
         real: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         inputs = key, value, change, free, fixed, p, real
         with full_precision(key.device):
             return _Shares._forward(ctx, *inputs)
 
     @staticmethod
-    def _forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def _forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         key, value, change, free, fixed, p, real = inputs
         if not _fast(key):
             ctx.save_for_backward(*inputs)
@@ -97,9 +105,9 @@ class _Shares(torch.autograd.Function):
                 left[:, :1, None] * now, (k[n] * kept[..., None]).mT, v[n], alpha=-1
             )
         mu = torch.stack(saved[::4])[..., 0].mT.reshape(change.shape)
-        left, total = _products(mu, real)
+        left, mix, carried = _products(mu, real)
         ctx.save_for_backward(*inputs, left, torch.stack(befores), *saved)
-        return total, left[..., -1, :].clone()
+        return mix, carried, mix[..., -1, :].clone(), left[..., -1, :].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,8 +130,8 @@ class _Shares(torch.autograd.Function):
         by_gram, by_along = k.new_empty(*k.shape[:-1], k.shape[-2]), torch.empty_like(by_change)
         mu = torch.stack(traces[::4])[..., 0].mT
         earlier = left[..., :-1, :]
-        by_total, by_last = (None if g is None else g.flatten(1, 2) for g in grads)
-        by_mu = _by_products(mu, earlier, real, by_total, by_last)
+        by_shares = (None if g is None else g.flatten(1, 2) for g in grads)
+        by_mu = _by_products(mu, earlier, real, *by_shares)
         by_ps, pushed = torch.zeros_like(befores), torch.empty_like(v)
         by_p = torch.zeros_like(befores[0])
         kept = left[..., -1, 1:, None]
@@ -152,28 +160,34 @@ def _fast(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64)
 
 
-def _products(mu: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shares in −P of μ (N, B, H, C), before each token and after the last; shares in S."""
+def _products(mu: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares in −P of μ (N, B, H, C), before each token and after the last; mix and carried."""
     size = mu.shape[-1]
     left = mu.new_zeros(*mu.shape[:-1], size + 1, size + 1)
-    total = mu.new_zeros(*mu.shape, size + 1)
+    mix, carried = mu.new_zeros(*mu.shape, size), torch.empty_like(mu)
     left[..., 0, 0] = 1
     for i in range(size):
         now = left[..., i + 1, : i + 1]
         torch.mul(left[..., i, : i + 1], mu[..., i, None], out=now)
         left[..., i + 1, i + 1] = 1
-        gained, sums = left[..., i + 1, : i + 2], total[..., i, : i + 2]
+        gained = left[..., i + 1, : i + 2]
         if real is not None:
             gained = gained * real[..., i, None]
-        torch.add(total[..., i - 1, : i + 2], gained, out=sums) if i else sums.copy_(gained)
-    return left, total
+        if i == 0:
+            mix[..., 0, :1], carried[..., 0] = gained[..., 1:], gained[..., 0]
+        else:
+            torch.add(mix[..., i - 1, : i + 1], gained[..., 1:], out=mix[..., i, : i + 1])
+            torch.add(carried[..., i - 1], gained[..., 0], out=carried[..., i])
+    return left, mix, carried
 
 
 def _by_products(
     mu: Tensor,
     earlier: Tensor,
     real: Tensor | None,
-    by_total: Tensor | None,
+    by_mix: Tensor | None,
+    by_carried: Tensor | None,
+    by_written: Tensor | None,
     by_last: Tensor | None,
 ) -> Tensor:
     """The gradient of `_products` with rows (R) for (B, H), and the shares before each token."""
@@ -182,15 +196,19 @@ def _by_products(
     if by_last is not None:
         by[..., -1, :] = by_last
     later = torch.zeros_like(by[..., -1, :])  # of shares in S, summed over later tokens
+    if by_written is not None:
+        later[..., 1:] = by_written
     if real is not None:
         rows = mu.shape[1] // real.shape[1]
         real = real.repeat(1, 1, rows, 1).flatten(1, 2)
     for i in reversed(range(size)):
         now = by[..., i, : i + 2]
-        if by_total is not None:
-            later.add_(by_total[..., i, :])
-            gain = later[..., : i + 2]
-            now.add_(gain if real is None else gain * real[..., i, None])
+        if by_mix is not None:
+            later[..., 1:].add_(by_mix[..., i, :])
+        if by_carried is not None:
+            later[..., 0].add_(by_carried[..., i])
+        gain = later[..., : i + 2]
+        now.add_(gain if real is None else gain * real[..., i, None])
         if i + 1 < size:
             now.addcmul_(mu[..., i + 1, None], by[..., i + 1, : i + 2])
     found: Tensor = torch.linalg.vecdot(by, earlier)
@@ -205,7 +223,7 @@ def _plain(
     fixed: Tensor | None,
     p: Tensor,
     real: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`shares` in plain torch code."""
     found, tiny = [], torch.finfo(change.dtype).tiny
     for n in range(len(key)):
@@ -229,4 +247,5 @@ def _plain(
         p = last[..., :1, None] * p - (k * last[..., 1:, None]).mT @ v
     left = torch.stack(found)
     total = left if real is None else left * real[..., None]
-    return total.cumsum(-2), left[..., -1, :]
+    total = total.cumsum(-2)
+    return total[..., 1:], total[..., 0], total[..., -1, 1:], left[..., -1, :]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyak.errors import ConfigError, unknown
-from polyak.ops.attention.adaptation import Tokens, shares
+from polyak.ops.attention.adaptation import Shares, Tokens, shares
 from polyak.ops.attention.adaptive_recurrence import adaptive_step, fresh_state, recur_adaptive
 from polyak.ops.attention.causal import finish
 from polyak.ops.attention.feature_maps import mapped
@@ -197,17 +197,18 @@ def _in_chunks(
             step = step * real[..., None]
             begins = torch.zeros_like(first) if starts is None else starts
             free, fixed = (real & ~first & ~begins).to(dtype), (~real & ~begins).to(dtype)
+        moved = v * step[..., None]
         told = Tokens(
-            _chunks(k * step[..., None], size),
-            _chunks(v, size),
+            _chunks(k, size),
+            _chunks(moved, size),
             _chunks(change(k, v, behind) * gammas.sqrt(), size),
             None if free is None else _chunks(free[..., None].expand(*k.shape[:3]), size),
             None if fixed is None else _chunks(fixed[..., None].expand(*k.shape[:3]), size, 1.0),
         )
         numbers = None if at is None else at.real.to(dtype)
-        weights = _weights(*shares(told, before.P, numbers), _chunks(step, size), at)
+        weights = _weights(shares(told, before.P, numbers), at)
     form = Form("identity", options.normalize, options.eps / factor, size, options.recompute)
-    out, after = walk(q, k, v, Memory(before.S, before.P, before.Z), form, weights, None)
+    out, after = walk(q, k, moved, Memory(before.S, before.P, before.Z), form, weights, None)
     out = finish(out, options, factor).to(value.dtype)
     return out, AttentionState(*after, behind.key, behind.value, behind.seen)
 
@@ -221,12 +222,12 @@ def _chunks(x: Tensor, size: int, filling: float = 0.0) -> Tensor:
     return x.movedim(1, 0).movedim(2, 3).contiguous()
 
 
-def _weights(total: Tensor, last: Tensor, step: Tensor, at: Clock | None) -> Weights:
-    """Weights of chunks from their shares in S and at last in −P, and steps (N, B, H, C)."""
-    plain = linear_weights(at, step.shape[-1], step)
-    mix, read = total[..., 1:] * step[..., None, :], -total[..., 0]
-    push, decay = -last[..., 1:] * step, last[..., 0]
+def _weights(share: Shares, at: Clock | None) -> Weights:
+    """Weights of chunks whose values are times their steps."""
+    mix, read, written = share.mix, -share.carried, share.written
+    plain = linear_weights(at, mix.shape[-1], mix)
     if at is not None:
         mix, read = mix * at.sees(), read * (at.document == 0)
-    write = mix[..., -1, :]
-    return Weights(mix, plain.mix, plain.keep, read, write, push, plain.tally, decay)
+        written = mix[..., -1, :]
+    push, decay = -share.last[..., 1:], share.last[..., 0]
+    return Weights(mix, plain.mix, plain.keep, read, written, push, plain.tally, decay)
