@@ -131,3 +131,58 @@ def test_a_full_disk_keeps_the_old_file_and_cleans_up(tmp_path: Path, python_in_
     lines = result.stdout.splitlines()
     assert lines[0] == f"cannot write {folder / 'a'}: No space left on device", result.stderr
     assert lines[-2:] == [str([str(folder / "a")]), "old"]
+
+
+ODD = {
+    "deep": ("[" * 200_000 + "]" * 200_000, "more than 100 values inside one another"),
+    "deeper than allowed": ("[" * 101 + "]" * 101, "more than 100 values inside one another"),
+    "a long integer": ("7" * 10_000, "a whole number of more than 4,300 digits"),
+    "no number": ('{"a": NaN}', "NaN is not a JSON number"),
+    "infinity": ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+    "beyond a float": ('{"a": 1e999}', "1e999 is beyond a number's range"),
+    "twice": ('{"a": {"b": 1, "b": 2}}', "'b' stands twice in one object"),
+    "an unpaired surrogate": ('{"a": "\\ud800"}', "an unpaired surrogate in its text"),
+    "not UTF-8": (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    "not JSON": ("{'a': 1}", "Expecting property name"),
+    "nothing": ("", "Expecting value"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_json_ends_in_one_line_that_names_the_file(name: str, tmp_path: Path) -> None:
+    content, why = ODD[name]
+    file = tmp_path / "a.json"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    for error in (RunError, DataError):
+        with pytest.raises(error) as caught:
+            read_json(file, error=error)
+        assert str(caught.value).startswith(f"{file} is not valid JSON: ")
+        assert why in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < len(str(file)) + 120
+
+
+def test_json_that_is_only_unusual_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    unusual = {
+        "[" * 100 + "]" * 100: None,
+        "\ufeff[1]": [1],
+        '["\\ud83d\\ude00", "\\\\ud800"]': ["😀", "\\ud800"],
+        "7" * 4_300: int("7" * 4_300),
+        "[-0.0, 1e-999]": [0.0, 0.0],
+    }
+    for text, value in unusual.items():
+        file.write_text(text, encoding="utf-8")
+        found = read_json(file)
+        assert value is None or found == value
+
+
+def test_a_file_too_large_to_be_held_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.json"
+    with file.open("wb") as handle:
+        handle.truncate((1 << 20) + 1)
+    monkeypatch.setattr("polyak.files.LONGEST", 1 << 20)
+    with pytest.raises(RunError, match="has more than 1,048,576 bytes"):
+        read_json(file)

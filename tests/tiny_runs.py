@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def command(*words: object) -> list[str]:
     script = Path(sys.executable).with_name("polyak")
     program = [str(script)] if script.exists() else [sys.executable, "-m", "polyak.cli.main"]
     return [*program, *map(str, words)]
+
+
+def heeding() -> None:
+    """For `preexec_fn`: heed Ctrl-C, also where this test was started to ignore it (`&`)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def polyak(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,108 @@ def write_json(path: Path, value: Any, *, error: type[PolyakError] = UnwritableE
 
 
 def read_json(path: Path, *, error: type[PolyakError] = RunError) -> Any:
-    """The JSON value in a file; missing, unreadable or malformed raises `error` in one line."""
+    """The JSON value in a file; missing, unreadable, malformed or odd raises `error` in one line.
+
+    See `parse_json` for what is odd.
+    """
+    return parse_json(read_bytes(path, error=error), str(path), error=error)
+
+
+def parse_json(content: bytes | str, where: str, *, error: type[PolyakError] = RunError) -> Any:
+    """The value of JSON text that another program, or another person, may have written.
+
+    JSON alone is taken: no NaN and no number beyond a float's range, no name twice in an object,
+    no unpaired surrogate (text that cannot be written again), at most `DEEPEST` values inside
+    one another and 4,300 digits in a whole number. A byte-order mark is left out.
+
+    Args:
+        content: UTF-8, or text.
+        where: what an error's line begins with.
+        error: the type that is raised.
+    """
     try:
-        return json.loads(path.read_bytes())
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(
+            text, object_pairs_hook=each_once, parse_constant=_no_number, parse_float=_finite
+        )
+        if depth(value) > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} values inside one another")
+        if "\\ud" in text.lower():  # the only way to an unpaired surrogate
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        deep = f"more than {DEEPEST} values inside one another"
+        raise error(f"{where} is not valid JSON: {deep}") from None
+    except UnicodeEncodeError as problem:
+        raise error(f"{where} is not valid JSON: an unpaired surrogate in its text") from problem
+    except ValueError as problem:  # not UTF-8, or not JSON
+        raise error(f"{where} is not valid JSON: {_plain(problem)}") from problem
+    return value
+
+
+DEEPEST = 100
+LONGEST = 1 << 30  # bytes; what is read as a whole is held as a whole
+
+
+def read_bytes(path: Path, *, error: type[PolyakError] = RunError) -> bytes:
+    """A file as a whole; missing, unreadable or above `LONGEST` bytes raises `error`."""
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(LONGEST + 1)
     except OSError as problem:
         raise error(f"cannot read {path}: {reason(problem)}") from problem
-    except ValueError as problem:  # not UTF-8, or not JSON
-        raise error(f"{path} is not valid JSON: {problem}") from problem
+    if len(content) > LONGEST:
+        raise error(f"{path} has more than {LONGEST:,} bytes, too many to be read as a whole")
+    return content
+
+
+def read_text(path: Path, *, error: type[PolyakError] = RunError) -> str:
+    """A UTF-8 text that a user hands over; a byte-order mark is left out.
+
+    Raises `error` (one line) where it is missing, unreadable or not UTF-8.
+    """
+    try:
+        return read_bytes(path, error=error).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} is not UTF-8: {problem}") from problem
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects of a JSON value stand inside one another, itself included."""
+    found, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        found += 1
+        level = [
+            part
+            for inner in level
+            for part in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+    return found
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its pairs; `ValueError` where a name stands twice."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:80]!r} stands twice in one object")
+    return made
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is beyond a number's range")
+    return number
+
+
+def _plain(problem: ValueError) -> str:
+    """The problem; Python's own line on long integers recommends a function of Python."""
+    text = str(problem)
+    return "a whole number of more than 4,300 digits" if "set_int_max_str_digits" in text else text
 
 
 def sha256_of(source: Path | bytes) -> str:

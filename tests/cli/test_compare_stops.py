@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import TWIN, command, environment, files, results_of, words, write_corpus
+from tiny_runs import TWIN, command, environment, files, heeding, results_of, words, write_corpus
 
 from polyak import load_run
 from polyak.cli.main import main
@@ -51,6 +51,7 @@ def start(place: Path, out: Path) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeding,
         start_new_session=True,
     )
     metrics = out / "runs" / "Twin-seed0" / "metrics.jsonl"
@@ -111,6 +112,8 @@ def test_killed_and_interrupted_comparisons_lose_nothing_finished(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+    saved = list((out / "runs" / "Twin-seed0" / "checkpoints").iterdir())
+    assert len(saved) == 1  # the run that was under way goes on from there
     partial = results_of(out)
     assert partial["status"] == "partial"
     assert [run["status"] for run in partial["runs"]] == ["finished", "pending"]
@@ -124,7 +127,31 @@ def test_killed_and_interrupted_comparisons_lose_nothing_finished(
     assert whole["status"] == "complete"
     assert whole["created"] == partial["created"]
     ends = [run["curve"]["loss"][-1] for run in whole["runs"]]
-    assert ends[0] == ends[1]  # the twin began anew and is equal to the last bit
+    assert ends[0] == ends[1]  # the twin went on and is equal to the last bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_comparison_that_is_told_to_stop_saves_what_is_under_way(
+    place: Path, tmp_path: Path, which: str
+) -> None:
+    out = tmp_path / "out"
+    process = start(place, out)
+    try:
+        os.killpg(process.pid, getattr(signal, which))
+        _, error = process.communicate(timeout=60)
+        more = "; the same command goes on with what is done"
+        assert error.strip() == f"polyak compare: stopped by {which}{more}"
+        assert process.returncode == 75
+        assert not workers(out)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(list((out / "runs" / "Twin-seed0" / "checkpoints").iterdir())) == 1
+    assert [run["status"] for run in results_of(out)["runs"]] == ["finished", "pending"]
+    assert main(slow(out)) == 0
+    ends = [run["curve"]["loss"][-1] for run in results_of(out)["runs"]]
+    assert ends[0] == ends[1]
 
 
 # Failures

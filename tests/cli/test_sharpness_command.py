@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import command, environment, run_config
+from tiny_runs import command, environment, heeding, run_config
 
 from polyak.analysis.hessian import Surface, dense
 from polyak.cli.main import main
@@ -114,7 +114,11 @@ def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) 
     words = ["sharpness", str(runs / "gradient_descent"), *SMALL, "--out", str(out)]
     long = [*words, "--density-steps", "60", "--density-probes", "400"]
     process = subprocess.Popen(
-        command(*long), env=environment(runs / "cache"), stderr=subprocess.PIPE, text=True
+        command(*long),
+        env=environment(runs / "cache"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding,
     )
     try:
         deadline = time.monotonic() + 60

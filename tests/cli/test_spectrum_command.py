@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import command, environment, run_config
+from tiny_runs import command, environment, heeding, run_config
 
 from polyak.analysis.jacobian import block_maps
 from polyak.cli.main import main
@@ -81,7 +81,11 @@ def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) 
         str(out),
     ]
     process = subprocess.Popen(
-        command(*words), env=environment(runs / "cache"), stderr=subprocess.PIPE, text=True
+        command(*words),
+        env=environment(runs / "cache"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding,
     )
     try:
         deadline = time.monotonic() + 60

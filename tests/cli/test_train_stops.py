@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from mounts import mounted
-from tiny_runs import SETTINGS, TWIN, command, environment, polyak, write_corpus
+from tiny_runs import SETTINGS, TWIN, command, environment, heeding, polyak, write_corpus
 
 from polyak.training.processes.distributed import World
 from polyak.training.runs.checkpoints import Checkpoints
@@ -52,6 +52,7 @@ def start(place: Path, *given: object, **variables: str) -> subprocess.Popen[str
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeding,
     )
 
 
@@ -145,7 +146,9 @@ def test_thirty_kills_lose_nothing_but_the_step_under_way(place: Path) -> None:
 # Told to stop
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name
+)
 def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     place: Path, which: signal.Signals
 ) -> None:
@@ -156,6 +159,8 @@ def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     wait_for(process, place / "run" / "metrics.jsonl")
     time.sleep(0.3)
     process.send_signal(which)
+    if which in (signal.SIGHUP, signal.SIGUSR1):  # the shell and the kernel may both send it
+        process.send_signal(which)
     _, error = process.communicate(timeout=60)
     assert process.returncode == STOPPED
     step = newest(place / "run")

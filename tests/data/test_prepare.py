@@ -190,7 +190,7 @@ def test_a_damaged_manifest_is_one_clear_line(texts: Path, cache: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "is not a manifest"),
         ('{"format": 1}', "is not a manifest"),
-        ('{"format": 99}', "has format 99; this version of polyak reads format 1"),
+        ('{"format": 99}', "has format 99, this polyak reads up to 1; upgrade polyak"),
         (good.replace(ByteTokenizer().fingerprint, "0"), "is not the one of its manifest"),
     ]:
         path.write_text(content)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from polyak import formats
 from polyak.data.corpora import load_corpus
 from polyak.data.documents import parts_of
 from polyak.data.encode import available_cores
@@ -95,6 +96,7 @@ def compare(
     speeds = {name: [megabytes / value for value in taken] for name, taken in seconds.items()}
     first = statistics.median(speeds["plain loop, 1 process"])
     return {
+        "format": formats.current("prepare bench"),
         "kind": "prepare bench",
         "corpus": corpus,
         "tokenizer": made.name,

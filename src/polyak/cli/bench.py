@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polyak import formats
 from polyak.checks import check_whole
 from polyak.cli._options import parse
 
@@ -101,7 +102,12 @@ def main(words: Sequence[str]) -> int:
     names = tuple(config.rules.split(",")) if config.rules else default_rules()
     for name in names:
         shape.config(name)  # wrong sizes or names end here, before anything is timed
-    results: dict[str, Any] = {"kind": "bench", "load_before": load(), **environment()}
+    results: dict[str, Any] = {
+        "format": formats.current("bench"),
+        "kind": "bench",
+        "load_before": load(),
+        **environment(),
+    }
     with threads(config.threads) as count:
         results["threads"] = count
         work = "forward + backward" if config.what != "generate" else "generation"

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polyak import formats
 from polyak.checks import check_whole
 from polyak.cli._options import parse
 from polyak.errors import ConfigError, DataError
 from polyak.evaluation.sampling_config import SamplingConfig
+from polyak.files import read_text
 
 if TYPE_CHECKING:
     from polyak.evaluation.generation import Piece
@@ -194,7 +196,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if config.prompt:
         return list(config.prompt)
     if config.prompt_file is not None:
-        lines = _text(config.prompt_file).split("\n")
+        lines = read_text(config.prompt_file, error=DataError).split("\n")
         lines = [line.removesuffix("\r") for line in lines]
         if not lines[-1]:
             lines.pop()
@@ -206,21 +208,10 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigError("there is no prompt; give --prompt TEXT, --prompt-file, or pipe one in")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise DataError(f"standard input is not UTF-8: {problem}") from problem
     return [text.removesuffix("\n").removesuffix("\r")]
-
-
-def _text(path: Path) -> str:
-    from polyak.files import reason
-
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as problem:
-        raise DataError(f"cannot read {path}: {reason(problem)}") from problem
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8: {problem}") from problem
 
 
 def _results(
@@ -236,6 +227,7 @@ def _results(
 
     sampling = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)}
     return {
+        "format": formats.current("generate"),
         "kind": "generate",
         "command": shlex.join(["polyak", "generate", *words]),
         "run": str(config.run),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import io
 import keyword
 import sys
 import warnings
 from collections.abc import Sequence
+
+from polyak.output import ReaderGoneError, outlast
+from polyak.signals import STOPPED, RaiseAtSignals, Stopped
 
 COMMANDS = {
     "compare": "train rules side by side and report what differs",
@@ -28,8 +30,11 @@ COMMANDS = {
 }
 
 
-STOPPED = 75
-"""Exit code of a training run that was told to stop: EX_TEMPFAIL of sysexits.h, "try again"."""
+PRINTS = ("rules", "generate", "bench")
+"""Commands whose result is what they print, without --out: they end with their reader."""
+
+GOES_ON = ("compare", "prepare", "sharpness", "spectrum", "forgetting", "study")
+"""Commands that go on where they were when they are repeated."""
 
 
 def usage() -> str:
@@ -52,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0: done. 1: an error in one line on standard error. 2: the command line is wrong.
-    75: training was stopped by SIGTERM or SIGINT and saved a checkpoint; --resume goes on.
-    130: interrupted; what was finished is kept.
+    75: stopped by SIGTERM, SIGHUP, SIGUSR1 or, in training, SIGINT. Training has saved a
+    checkpoint, and goes on with --resume; other commands keep what is finished.
+    130: interrupted by SIGINT; what was finished is kept.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Greek letters where the encoding has none
-            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    out = any(word == "--out" or word.startswith("--out=") for word in words)
+    outlast(lasting=out or not words or words[0] not in PRINTS)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help"):
@@ -83,16 +88,23 @@ def _run(command: str, words: list[str], debug: bool) -> int:
 
     warnings.formatwarning = lambda message, *_, **__: f"polyak {command}: warning: {message}\n"
     try:
-        # no module can be named like a keyword and be imported by a statement: `import_`
-        name = f"{command}_" if keyword.iskeyword(command) else command
-        module = importlib.import_module(f"polyak.cli.{name}")
-        code: int = module.main(words)
-        return code
+        with RaiseAtSignals():
+            # no module can be named like a keyword and be imported by a statement: `import_`
+            name = f"{command}_" if keyword.iskeyword(command) else command
+            module = importlib.import_module(f"polyak.cli.{name}")
+            try:
+                code: int = module.main(words)
+            finally:
+                sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        more = "; the same command goes on with what is done" if command in GOES_ON else ""
+        print(f"\npolyak {command}: stopped by {stop.name}{more}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print(f"\npolyak {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        sys.stderr.close()
+    except ReaderGoneError:  # the reader, `head` for example, has seen enough
         return 0
     except StoppedError as stop:
         print(f"polyak {command}: {stop}", file=sys.stderr)

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ class Job:
 Message = dict[str, Any]
 """{"step": …, "steps": …, "loss": …}, {"result": …} or {"error": …}."""
 
+PATIENCE = 60.0
+"""Seconds that runs have to save a checkpoint when they are stopped."""
+
 
 def run_jobs(
     jobs: Sequence[Job], *, side_by_side: int, report: Callable[[Job, Message], None]
@@ -45,7 +49,7 @@ def run_jobs(
     """Run all jobs, at most `side_by_side` at once, reporting every message as it comes.
 
     A job that fails reports {"error": …} and the others go on. If the caller is interrupted, the
-    runs under way are stopped; finished runs stay on disk.
+    runs under way save a checkpoint and stop; finished runs stay on disk.
 
     Args:
         jobs: in the order they are started.
@@ -64,9 +68,22 @@ def run_jobs(
                 processes.pop(job.folder).wait()
             report(job, message)
     finally:
-        for process in processes.values():
-            process.kill()
+        _stop(list(processes.values()))
+
+
+def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Tell runs to save and stop, and wait for that as long as a large checkpoint may take."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except BaseException as problem:
+            process.kill()  # it does not answer, or the user does not want to wait
             process.wait()
+            if not isinstance(problem, subprocess.TimeoutExpired):
+                raise
 
 
 def _start(job: Job, messages: queue.Queue[tuple[Job, Message]]) -> subprocess.Popen[str]:

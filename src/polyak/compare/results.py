@@ -16,8 +16,6 @@ from polyak.statistics.verdict import complete
 from polyak.training.machine import heading, now
 from polyak.training.runs.folder import RunFolder
 
-FORMAT = 1
-
 
 def gather(
     plan: Plan,
@@ -49,9 +47,7 @@ def gather(
     ]
     done = all(run["status"] in ("finished", "failed") for run in runs)
     results: dict[str, Any] = {
-        **heading(
-            "comparison", FORMAT, command, status="complete" if done else "partial", updated=now()
-        ),
+        **heading("comparison", command, status="complete" if done else "partial", updated=now()),
         "created": created,
         "corpus": corpus_summary(plan),
         "settings": {

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from polyak import formats
 from polyak.compare import speed
 from polyak.compare.config import CompareConfig
 from polyak.compare.page import write_report
 from polyak.compare.plan import Plan, make_plan, parse_sweep
 from polyak.compare.pool import Job, Message, run_jobs
 from polyak.compare.results import gather
-from polyak.files import locked, make_folder, read_json, write_json
+from polyak.files import locked, make_folder, write_json
 from polyak.training.loop import run_settings
 from polyak.training.machine import now
 from polyak.training.runs.folder import RunFolder
@@ -204,7 +205,7 @@ def command_of(config: CompareConfig) -> str:
 
 def _created(out: Path) -> str:
     if (out / "results.json").exists():
-        return str(read_json(out / "results.json").get("created", now()))
+        return str(formats.read_results(out / "results.json").get("created", now()))
     return now()
 
 

@@ -3,41 +3,50 @@
 A process of its own gives every run a clean measurement of its peak memory, and a crash of one
 run leaves the others alone. Progress goes to what was standard output as JSON lines; the last
 line is {"result": …} or {"error": …}. Whatever else is printed, by a user's rule for example,
-goes to the run's log. The process ends when the one that started it does.
+goes to the run's log. Told to stop by SIGTERM, it saves a checkpoint first. The process ends when
+the one that started it does.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from polyak.output import outlast
+from polyak.signals import STOPPED, leave_to_parent
+
 
 def main(spec_file: str) -> int:
     """Train the run that the spec describes; the exit code is 0, or 1 after an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    leave_to_parent(but=("SIGTERM",))
     channel = _take_stdout()
+    outlast()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def emit(**message: Any) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    from polyak.errors import PolyakError
+    from polyak.errors import PolyakError, StoppedError
+    from polyak.files import read_json
     from polyak.training.config.run import RunConfig
     from polyak.training.loop import train
     from polyak.training.processes.allocator import keep_freed_memory
 
     keep_freed_memory()
-    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    spec = read_json(Path(spec_file))
     try:
         config = RunConfig.from_dict(spec["config"])
-        emit(result=train(config, Path(spec["folder"]), progress=lambda at: emit(**at)))
+        folder = Path(spec["folder"])
+        emit(result=train(config, folder, progress=lambda at: emit(**at), signals=True))
+    except StoppedError as stop:  # by the parent, which is ending and listens no more
+        print(stop, file=sys.stderr)
+        return STOPPED
     except Exception as error:
         kind = "" if isinstance(error, PolyakError) else f"{type(error).__name__}: "
         if kind:

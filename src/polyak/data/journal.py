@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from polyak.errors import DataError
-from polyak.files import write_atomic
+from polyak.files import parse_json, write_atomic
 
 NAME = "journal.jsonl"
 _PIECE = 1 << 20
@@ -100,7 +100,7 @@ def _read(line: str) -> dict[str, Any] | None:
     check, _, content = line.partition(" ")
     if not content.endswith("\n") or check != _check(content[:-1]):
         return None
-    value: dict[str, Any] = json.loads(content)
+    value: dict[str, Any] = parse_json(content, NAME, error=DataError)
     return value
 
 

@@ -8,7 +8,6 @@ those that the template puts before a text are its `prefix`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,7 +22,7 @@ from polyak.data.byte_level import byte_letters
 from polyak.data.documents import Text, parts_of
 from polyak.data.tokenizers import END_OF_TEXT, Ids, Tokenizer
 from polyak.errors import DataError
-from polyak.files import read_json
+from polyak.files import parse_json, read_json, read_text
 
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -64,7 +63,7 @@ class KeptTokenizer(Tokenizer):
             raise DataError(f"tokenizer.json has no token {end_of_text} to end a text with")
         self.name = f"kept-{self.vocab_size}"
         self.fingerprint = sha256(f"polyak kept 1 {end_of_text} {definition}".encode()).hexdigest()
-        self._form = _form(json.loads(definition))
+        self._form = _form(parse_json(definition, "tokenizer.json", error=DataError))
         self.prefix = self._prefix()
         self.end_token = self._tokens[end_of_text]
         self.begin_token = self._tokens[self.prefix[0]] if self.prefix else self.end_token
@@ -166,7 +165,7 @@ def kept(folder: Path) -> KeptTokenizer | None:
     if number is None:
         return None
     return KeptTokenizer(
-        file.read_text(encoding="utf-8"), number, _chat_template(folder, described)
+        read_text(file, error=DataError), number, _chat_template(folder, described)
     )
 
 
@@ -174,7 +173,7 @@ def _chat_template(folder: Path, described: dict[str, Any]) -> str | None:
     """The default one, from a file of its own or, in older models, from `tokenizer_config.json`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file, error=DataError)
     found = described.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}

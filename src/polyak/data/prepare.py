@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from polyak import formats
 from polyak.checks import check_whole
 from polyak.data import journal
 from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
@@ -32,9 +33,8 @@ from polyak.data.tokenizer_names import TokenizerName, load_tokenizer, parse_nam
 from polyak.data.tokenizers import BPETokenizer, Tokenizer
 from polyak.data.workspace import building, default_cache, discard, resumable
 from polyak.errors import ConfigError, DataError, MissingExtraError
-from polyak.files import read_json, write_json
+from polyak.files import write_json
 
-_FORMAT = 1
 _SIDES = ("train", "validation")
 SHARD_TOKENS = 64 * 2**20
 SAVE_SECONDS = 5.0
@@ -89,7 +89,7 @@ class _Plan:
     def final(self) -> Path:
         chosen = self.tokenizer.name if self.made is None else f"path {self.made.fingerprint}"
         key = _key(
-            *("prepared", _FORMAT, self.corpus.fingerprint, chosen, self.fraction),
+            *("prepared", 1, self.corpus.fingerprint, chosen, self.fraction),
             *(self.shard_tokens, self.tokenizer.library),
         )
         shown = self.tokenizer.name if self.made is None else self.made.name
@@ -182,13 +182,8 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     Raises:
         DataError: not a prepared folder, or a shard is missing, truncated or corrupt (named).
     """
-    manifest = read_json(folder / "manifest.json", error=DataError)
+    manifest = formats.read(folder / "manifest.json", "prepared", error=DataError)
     try:
-        if manifest["format"] != _FORMAT:
-            raise DataError(
-                f"{folder / 'manifest.json'} has format {manifest['format']!r}; this version of "
-                f"polyak reads format {_FORMAT}, so prepare the corpus again"
-            )
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
             raise DataError(f"the tokenizer in {folder} is not the one of its manifest")
@@ -325,7 +320,7 @@ class _Preparation:
             about["hub"] = source.describe()
             parts.append(revision)
         manifest = {
-            "format": _FORMAT,
+            "format": formats.current("prepared"),
             "fingerprint": _key(*parts, full=True),
             "corpus": about,
             "tokenizer": {
@@ -389,7 +384,7 @@ def _tokenizer(plan: _Plan, splitter: Splitter) -> Tokenizer:
     if size is None:
         return plan.tokenizer.load()
     side = corpus.side_fingerprint(splitter.fraction, "train")
-    key = _key("tokenizer", _FORMAT, side, size, plan.tokenizer.library)
+    key = _key("tokenizer", 1, side, size, plan.tokenizer.library)
     final = plan.cache / "tokenizers" / f"{_slug(corpus.name)}-bpe-{size}-{key}"
     if final.exists():
         try:

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 from polyak.data.documents import Document, LongText
 from polyak.errors import DataError, MissingExtraError
+from polyak.files import each_once
 
 # Larger text files are never held in memory as a whole.
 LONG_FILE = 16 << 20
 _PARQUET_ROWS = 256
+LONG_NUMBER = 4300  # digits
 
 Read = Generator[Document, None, int]
 
@@ -77,12 +79,21 @@ def _read_jsonl(file: File, text_field: str, skip: int) -> Read:
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(
+            line.decode("utf-8-sig"), object_pairs_hook=each_once, parse_int=_whole_number
+        )
+    except RecursionError:
+        raise DataError(f"{where}: not read: its lists and objects are nested too deep") from None
     except ValueError as problem:
         raise DataError(f"{where}: not JSON: {problem}") from problem
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record
+
+
+def _whole_number(digits: str) -> int:
+    """The number; 0 for one too long for Python, since of a record only the text is used."""
+    return int(digits) if len(digits) <= LONG_NUMBER else 0
 
 
 def _read_parquet(file: File, text_field: str, skip: int) -> Read:

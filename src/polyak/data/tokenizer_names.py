@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.data.tokenizers import (
     _DESCRIPTION,
-    _FORMAT,
     END_OF_TEXT,
     SMALLEST_BPE,
     BPETokenizer,
@@ -19,7 +19,7 @@ from polyak.data.tokenizers import (
     pairs,
 )
 from polyak.errors import ConfigError, DataError, nearest
-from polyak.files import read_json
+from polyak.files import read_json, read_text
 
 GPT2 = "gpt2"
 GPT2_SIZE = 50_257
@@ -196,10 +196,7 @@ def _from_json(file: Path) -> tuple[dict[str, int], Any]:
 
 
 def _from_text(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"cannot read {file}: {problem}") from problem
+    lines = read_text(file, error=DataError).split("\n")
     return [line for line in lines if line and not line.startswith("#version")]
 
 
@@ -212,19 +209,14 @@ def _unfit(file: Path, why: str) -> DataError:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote; raises `DataError` where it is missing or was changed."""
-    description = read_json(folder / _DESCRIPTION, error=DataError)
+    description = formats.read(folder / _DESCRIPTION, "tokenizer", error=DataError)
     try:
-        if description["format"] != _FORMAT:
-            raise DataError(
-                f"{folder / _DESCRIPTION} has format {description['format']!r}; this version of "
-                f"polyak reads format {_FORMAT}"
-            )
         if description["kind"] == ByteTokenizer.kind:
             tokenizer: Tokenizer = ByteTokenizer()
         elif description["kind"] == "kept":
             from polyak.data.kept_tokenizer import KeptTokenizer
 
-            definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            definition = read_text(folder / "tokenizer.json", error=DataError)
             chat = description.get("chat_template")
             tokenizer = KeptTokenizer(definition, int(description["end_of_text"]), chat)
         else:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from polyak import formats
 from polyak.data.byte_level import PIECE, byte_letters, hugging_face_json, pieces
 from polyak.data.documents import Text, parts_of
 from polyak.data.words import WordEncoder
@@ -27,7 +28,6 @@ from polyak.files import make_folder, write_atomic, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end-of-text token
-_FORMAT = 1
 _DESCRIPTION = "polyak_tokenizer.json"
 
 Ids = npt.NDArray[np.int64]
@@ -106,7 +106,7 @@ class Tokenizer(abc.ABC):
         """Write `tokenizer.json` (for Hugging Face) and `polyak_tokenizer.json` to a folder."""
         make_folder(folder, error=DataError)
         description = {
-            "format": _FORMAT,
+            "format": formats.current("tokenizer"),
             "kind": self.kind,
             "name": self.name,
             "vocab_size": self.vocab_size,

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 from pathlib import Path
 
 from polyak.data.encode import encode, send
 from polyak.data.tokenizer_names import load_tokenizer
 from polyak.errors import PolyakError
+from polyak.signals import leave_to_parent
 
 
 def main() -> None:
     """Encode until the input ends: `FOLDER-OF-THE-TOKENIZER SIDES`.
 
-    The process that started this one handles interrupts; when it is gone, the input ends.
+    The process that started this one handles signals; when it is gone, the input ends.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     try:
         tokenizer, sides = load_tokenizer(Path(sys.argv[1])), int(sys.argv[2])
     except PolyakError as problem:  # the folder is gone with the process that started this one

@@ -16,7 +16,6 @@ from polyak.data.prepare import Prepared, open_prepared, prepare
 from polyak.data.shards import TokenFile
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, DataError, PolyakError, RunError, unknown
-from polyak.files import read_json
 from polyak.training.config.run import RunConfig
 from polyak.training.runs.finding import find_runs, short_names
 from polyak.training.runs.folder import RunFolder, load_run
@@ -73,10 +72,8 @@ def load_subject(folder: str | Path, *, device: str = "cpu") -> Subject:
         raise RunError(f"{folder} does not exist")
     try:
         model, tokenizer = load_run(folder)
-        recorded = read_json(RunFolder(folder).settings_file)
-        settings, config = recorded.get("settings"), recorded.get("config")
-        if not isinstance(settings, dict):
-            raise RunError(f"{folder / 'run.json'} is not a run's: it has no 'settings'")
+        recorded = RunFolder(folder).recorded()
+        settings, config = recorded["settings"], recorded.get("config")
         started = RunConfig.from_dict(config) if config is not None else None
     except RunError:
         raise

@@ -9,7 +9,6 @@ from typing import Any
 
 from polyak import rules
 from polyak.errors import RunError
-from polyak.files import read_json
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
 from polyak.training.runs.folder import RunFolder
@@ -51,7 +50,7 @@ def model_card(run: str | Path, *, place: str = "FOLDER") -> str:
     folder = RunFolder(Path(run))
     if not folder.settings_file.exists():
         raise RunError(f"{run} is not a run: run.json is missing")
-    recorded, result = read_json(folder.settings_file), folder.result()
+    recorded, result = folder.recorded(), folder.result()
     if result is None:
         raise RunError(f"{run} is a run that did not finish: result.json is missing")
     try:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from polyak.errors import RunError
 from polyak.evaluation.subjects import TokenSet, load_subject, token_set
-from polyak.files import read_json
 from polyak.interop.made_runs import check_out, write_run
 from polyak.interop.upgrade import upgrade
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
 from polyak.training.initial import identity
+from polyak.training.runs.folder import RunFolder
 
 ROWS = 8
 """Sequences at once when the loss is measured."""
@@ -83,7 +83,8 @@ def upgrade_run(
         "misses": list(made.misses),
         "seed": seed,
     }
-    previous = read_json(folder / "result.json")
+    previous = RunFolder(folder).result()
+    assert previous is not None  # a subject is a finished run
     config = subject.config
     if config is not None:
         config = dataclasses.replace(config, model=made.model.config)

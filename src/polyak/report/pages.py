@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from polyak import words
+from polyak import formats, words
 from polyak.errors import RunError
 from polyak.files import read_json, write_atomic, write_json
 from polyak.report import svg
@@ -55,6 +55,7 @@ def check_out(out: Path, kind: str) -> None:
             f"{out} holds the results of another command ({there or 'unknown'}); "
             "choose another --out"
         )
+    formats.up_to_date(found, kind, out / "results.json")
 
 
 def save(out: Path, results: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> None:

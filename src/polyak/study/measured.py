@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from polyak import formats
 from polyak.errors import RunError
 from polyak.evaluation.subjects import Subject, TokenSet
-from polyak.files import locked, make_folder, read_json, write_atomic, write_json
+from polyak.files import locked, make_folder, write_atomic, write_json
 from polyak.report.pages import check_out
 from polyak.report.pages import save as write_results
 from polyak.training.machine import heading, now
 
-FORMAT = 1
 Found = dict[str, Any]
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done, from 0 to 1, and with what is under way."""
@@ -110,7 +110,7 @@ def _begin(
     measurement: Measurement, subjects: Sequence[Subject], sets: Sequence[TokenSet], command: str
 ) -> dict[str, Any]:
     return {
-        **heading(measurement.kind, FORMAT, command, status="partial"),
+        **heading(measurement.kind, command, status="partial"),
         "settings": dict(measurement.settings),
         "baseline": subjects[0].name,
         "entries": [{"name": subject.name} for subject in subjects],
@@ -156,7 +156,7 @@ def _kept(out: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = list(results["runs"])
     if not (out / "results.json").exists():
         return runs
-    before = read_json(out / "results.json")
+    before = formats.read_results(out / "results.json")
     here = json.loads(json.dumps(results["settings"]))
     there = before.get("settings") or {}
     differ = [key for key in here if here[key] != there.get(key)]

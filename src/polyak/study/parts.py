@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.errors import RunError
-from polyak.files import make_folder, read_json, write_json
+from polyak.files import make_folder, write_json
 
 Tick = Callable[[float], None]
 """Called with the share of a part that is done, from 0 to 1."""
@@ -57,8 +58,8 @@ def done(part: Part, folder: Path) -> Found | None:
     file = part.file(folder)
     if not file.exists():
         return None
-    content = read_json(file)
-    if not isinstance(content, dict) or not {"key", "found"} <= content.keys():
+    content = formats.read(file, "part")
+    if not {"key", "found"} <= content.keys():
         raise RunError(f"{file} is not a part of a study; remove it, and it is measured again")
     wanted, there = json.loads(json.dumps(part.key)), content["key"]
     if wanted != there:
@@ -104,7 +105,12 @@ def measure_all(
         tick(0.0)
         began = time.perf_counter()
         found = part.measure(tick)
-        content = {"key": part.key, "seconds": time.perf_counter() - began, "found": found}
+        content: Found = {
+            "format": formats.current("part"),
+            "key": part.key,
+            "seconds": time.perf_counter() - began,
+            "found": found,
+        }
         make_folder(part.file(folder).parent)
         write_json(part.file(folder), content)
         finished += part.work

@@ -22,12 +22,12 @@ from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
 from polyak.registry import source_of
+from polyak.signals import StopSignals
 from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
 from polyak.training.initial import identity, initial_weights
 from polyak.training.machine import peak_memory_bytes
 from polyak.training.processes.distributed import World
-from polyak.training.processes.signals import StopSignals
 from polyak.training.runs.checkpoints import Checkpoint, Checkpoints, due
 from polyak.training.runs.folder import RunFolder, save_model
 from polyak.training.runs.journal import Journal
@@ -113,7 +113,8 @@ def train(
             (`training.steps`). False: the folder must hold none. None: go on if there is a run
             with equal settings, else begin.
         progress: called with {"step", "steps", "loss"} after every step.
-        signals: stop at SIGTERM and SIGINT, between two steps and with a checkpoint.
+        signals: stop at SIGTERM, SIGINT, SIGHUP and SIGUSR1, between two steps and with a
+            checkpoint.
         last_checkpoint: also save one after the last step, so that the run can be prolonged.
 
     Returns:

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.data.encode import available_cores
 
 
@@ -84,17 +85,16 @@ def machine_memory() -> int | None:
         return None
 
 
-def heading(kind: str, form: int, command: str, **more: Any) -> dict[str, Any]:
+def heading(kind: str, command: str, **more: Any) -> dict[str, Any]:
     """How every results.json begins: what it is, and when and on what it was made.
 
     Args:
-        kind: of the results.
-        form: of the file.
+        kind: of the results; `polyak.formats` knows its format.
         command: the command line that repeats it.
         more: comes after `kind`.
     """
     return {
-        "format": form,
+        "format": formats.current(kind),
         "kind": kind,
         **more,
         "created": now(),

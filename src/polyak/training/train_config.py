@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.errors import ConfigError, RunError, unknown
-from polyak.files import read_json
 from polyak.training.config import recipes
 from polyak.training.config.run import TRACKERS, Device, Parallel, RunConfig
 
@@ -105,11 +105,10 @@ def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) ->
     model = _flat(RunConfig(model=read_model_config(folder / "model")))
     base = {key: value for key, value in base.items() if not key.startswith("model.")}
     base |= {key: value for key, value in model.items() if key.startswith("model.")}
-    content = read_json(folder / "run.json")
-    recorded = content.get("config") if isinstance(content, dict) else None
+    recorded = formats.read(folder / "run.json", "run").get("config")
     if isinstance(recorded, dict) and not keep_corpus:
         base |= {key: recorded[key] for key in ("corpus", "text_field") if key in recorded}
-    kind = read_json(folder / "model" / "polyak_tokenizer.json").get("kind")
+    kind = formats.read(folder / "model" / "polyak_tokenizer.json", "tokenizer").get("kind")
     base["tokenizer"] = "bytes" if kind == "bytes" else str(folder / "model")
     return base | {"init": str(folder)}
 
@@ -172,8 +171,7 @@ def _recorded(folder: Path) -> recipes.Settings:
     file = folder / "run.json"
     if not file.exists():
         raise RunError(f"{folder} is not a run: run.json is missing; leave out --resume")
-    content = read_json(file)
-    recorded = content.get("config") if isinstance(content, dict) else None
+    recorded = formats.read(file, "run").get("config")
     if not isinstance(recorded, dict):
         raise RunError(
             f"{file} has no 'config', the settings to go on with; start again in another --out"

@@ -228,7 +228,8 @@ def test_bits_per_byte_come_from_the_comparison_around_a_run(tmp_path: Path) -> 
     write_json(folder / "run.json", recorded)
     assert read_run(folder, "one")["bits_per_byte"] is None
     corpus = {"validation_tokens": 1024, "validation_bytes": 1024}
-    write_json(tmp_path / "study" / "results.json", {"corpus": corpus})
+    around = {"format": 1, "kind": "comparison", "corpus": corpus}
+    write_json(tmp_path / "study" / "results.json", around)
     run = read_run(folder, "one")
     assert run["bits_per_byte"] == pytest.approx(run["loss"] / math.log(2))
 

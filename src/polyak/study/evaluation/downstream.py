@@ -51,7 +51,7 @@ def downstream(
     loaded = Tasks(tasks, shots=shots, limit=limit, folder=folder)
     make_folder(out)
     results: dict[str, Any] = {
-        **heading(KIND, 1, command, status="partial"),
+        **heading(KIND, command, status="partial"),
         "tasks": list(tasks),
         "limit": limit,
         "runs": [],

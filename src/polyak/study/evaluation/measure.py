@@ -25,7 +25,6 @@ from polyak.study.evaluation.page import render
 from polyak.training.machine import heading
 from polyak.words import listed
 
-FORMAT = 1
 KIND = "evaluation"
 Progress = Callable[[float, str], None]
 """Called with the share of the work that is done, from 0 to 1, and with what is under way."""
@@ -77,7 +76,7 @@ class _Evaluation:
         self.parts, self.done = len(subjects) * len(self.corpora) + entropies, 0
         settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(EvaluateConfig)}
         self.results: dict[str, Any] = {
-            **heading(KIND, FORMAT, command, status="partial"),
+            **heading(KIND, command, status="partial"),
             "settings": {**settings, "out": os.fspath(config.out)},
             "baseline": subjects[0].name,
             "entries": [{"name": subject.name} for subject in subjects],

@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal
 from polyak.evaluation.subjects import Subject, load_subjects
-from polyak.files import locked, make_folder, read_json, sha256_of, write_json
+from polyak.files import locked, make_folder, sha256_of, write_json
 from polyak.report.pages import check_out, save
 from polyak.study.evaluation.measure import Progress, about
 from polyak.study.forgetting.page import finished, render
 from polyak.training.machine import heading
 from polyak.words import listed
 
-FORMAT = 1
 KIND = "forgetting"
 
 
@@ -74,7 +74,7 @@ class _Study:
         self.subjects, self.experiments, self.config = subjects, experiments, config
         self.progress, self.done, self.written = progress, 0, 0.0
         self.results: dict[str, Any] = {
-            **heading(KIND, FORMAT, command, status="partial"),
+            **heading(KIND, command, status="partial"),
             "settings": {
                 **config.protocol(),
                 "device": config.device,
@@ -96,7 +96,8 @@ class _Study:
         ):
             part = self.config.out / "parts" / f"{_key(made)}.json"
             if part.exists():
-                row.update(read_json(part), status="finished")
+                row.update({**formats.read(part, "part"), "status": "finished"})
+                del row["format"]
             else:
                 row["status"] = "running"
                 teller = self._teller(subject, row)
@@ -105,7 +106,7 @@ class _Study:
                 except BaseException:
                     self._write()  # with the curve so far
                     raise
-                write_json(part, found)
+                write_json(part, {"format": formats.current("part"), **found})
                 row.update(found, status="finished")
             self.done += 1
             self._write()

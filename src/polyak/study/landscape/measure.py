@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from polyak import formats
 from polyak.analysis.config import SharpnessConfig
 from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import RunError, unknown
@@ -167,6 +168,7 @@ class _Study:
         filled = complete(
             {
                 **self.results,
+                "format": formats.current(KIND),
                 "kind": KIND,
                 "status": "partial" if self.missing else "complete",
                 "missing": self.missing,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyak import formats
 from polyak.compare.results import mean_scalars
 from polyak.errors import PolyakError, RunError
 from polyak.files import read_json
@@ -43,9 +44,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         RunError: run.json or metrics.jsonl cannot be read; the line is named.
     """
     run = RunFolder(folder)
-    recorded = read_json(run.settings_file)
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
-        raise RunError(f"{run.settings_file} is not a run's: it has no 'settings' part")
+    recorded = run.recorded()
     settings, result = recorded["settings"], run.result()
     if "training" not in settings:
         raise RunError(f"{folder} was imported, not trained here: it has no curves to draw")
@@ -165,13 +164,12 @@ def _bits_per_byte_factor(settings: Mapping[str, Any], folder: Path) -> float | 
     around = folder.resolve().parent.parent / "results.json"
     if corpus["validation_bytes"] is None and around.exists():
         found = read_json(around)
-        of_all = found.get("corpus") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or found.get("kind") != "comparison":
+            return None
+        of_all = formats.up_to_date(found, "comparison", around).get("corpus")
         if isinstance(of_all, dict) and of_all.get("validation_tokens") == own.get("tokens"):
             corpus = of_all
     return bits_per_byte_factor(corpus)
-
-
-FORMAT = 1
 
 
 KIND = "runs"
@@ -197,7 +195,7 @@ def gather(read: Sequence[dict[str, Any]], *, command: str) -> dict[str, Any]:
     names = _entry_names(begun, differ)
     runs = [{**run, "entry": names[_identity(run)]} for run in begun]
     return {
-        **heading(KIND, FORMAT, command),
+        **heading(KIND, command),
         "baseline": runs[0]["entry"],
         "entries": [_entry(name, runs, differ) for name in dict.fromkeys(names.values())],
         "runs": runs,

@@ -164,11 +164,13 @@ def _read(name_or_path: str, beside: Path, chain: tuple[str, ...]) -> Settings:
         circle = " → ".join(Path(step).name for step in (*chain[chain.index(identity) :], identity))
         raise ConfigError(f"recipe {name_or_path}: it derives from itself ({circle})")
     try:
-        content = tomllib.loads(source.read_text(encoding="utf-8"))
+        content = tomllib.loads(source.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UnknownNameError(f"recipe {source}: there is no such file") from None
     except OSError as error:
         raise ConfigError(f"recipe {source}: cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise ConfigError(f"recipe {source}: its lists and tables are nested too deep") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"recipe {source}: not TOML: {error}") from error
     base = content.pop("base", None)

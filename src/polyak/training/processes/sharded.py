@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polyak.errors import RunError
-from polyak.files import reason, sync_file
+from polyak.files import parse_json, reason, sync_file
 from polyak.training.dtensors import is_sharded
 from polyak.training.processes.world import World
 
@@ -205,7 +205,9 @@ def _open(folder: Path, name: str, stack: ExitStack) -> dict[str, _Saved]:
     for path in _files(folder, name):
         try:
             handle: Any = stack.enter_context(safe_open(path, framework="pt"))
-            pieces = json.loads((handle.metadata() or {}).get("pieces", "{}"))
+            pieces = parse_json(
+                (handle.metadata() or {}).get("pieces", "{}"), f"the pieces in {path}"
+            )
             for key in handle.keys():  # noqa: SIM118  # not a mapping
                 view = handle.get_slice(key)
                 local = tuple(view.get_shape())

@@ -23,12 +23,12 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak import formats
 from polyak.errors import PolyakError, RunError
 from polyak.files import make_folder, read_json, reason, sha256_of, sync_folder, write_json
 from polyak.training.processes import sharded
 from polyak.training.processes.distributed import World
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTS = ("model", "optimizer")
 _ASIDE, _REMOVED = ".writing-", ".removing-"
@@ -204,7 +204,8 @@ def _write_manifest(folder: Path, step: int) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
-    write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+    made = {"format": formats.current("checkpoint"), "step": step, "files": files}
+    write_json(folder / "manifest.json", made)
 
 
 def _complete(path: Path) -> bool:
@@ -219,11 +220,10 @@ def _complete(path: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json(path / "manifest.json")
+    manifest = formats.read(path / "manifest.json", "checkpoint")
     try:
         well_formed = (
-            manifest["format"] == FORMAT
-            and manifest["step"] == _step_of(path)
+            manifest["step"] == _step_of(path)
             and "state.json" in manifest["files"]
             and all(any(f.startswith(part) for f in manifest["files"]) for part in _PARTS)
             and all(
@@ -237,8 +237,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         well_formed = False
     if not well_formed:
         raise RunError(f"{path / 'manifest.json'} is not the manifest of this checkpoint")
-    checked: dict[str, Any] = manifest
-    return checked
+    return manifest
 
 
 def _check(path: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyak import formats
 from polyak.errors import RunError, UnwritableError
 from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
 from polyak.training.machine import environment
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from polyak.nn.transformer import Transformer
     from polyak.training.config.run import RunConfig
     from polyak.training.processes.distributed import World
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class RunFolder:
         make_folder(self.path)
         self._clear(self.result_file, self.metrics_file)
         content = {
-            "format": FORMAT,
+            "format": formats.current("run"),
             "settings": settings,
             "config": None if config is None else _anywhere(config),
             "environment": environment(),
@@ -93,13 +92,24 @@ class RunFolder:
         Raises:
             RunError: the folder cannot be written.
         """
-        recorded = read_json(self.settings_file)
+        recorded = self.recorded()
         record = {"step": step, "changes": changes, "environment": environment()}
         resumed = [*recorded.get("resumed", []), record]
         now = {"settings": settings, "config": _anywhere(config), "resumed": resumed}
         # first, so that a kill in between leaves no result of a run that is to go on
         self._clear(self.result_file)
         write_json(self.settings_file, {**recorded, **now})
+
+    def recorded(self) -> dict[str, Any]:
+        """The content of `run.json`, brought up to date.
+
+        Raises:
+            RunError: it is missing, damaged, no run's, or of a newer polyak.
+        """
+        recorded = formats.read(self.settings_file, "run")
+        if not isinstance(recorded.get("settings"), dict):
+            raise RunError(f"{self.settings_file} is not a run's: it has no 'settings'")
+        return recorded
 
     def _clear(self, *files: Path) -> None:
         try:
@@ -123,9 +133,7 @@ class RunFolder:
         """
         if not self.settings_file.exists():
             return {}
-        recorded = read_json(self.settings_file)
-        if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
-            raise RunError(f"{self.settings_file} is not a run's: it has no 'settings'")
+        recorded = self.recorded()
         wanted = json.loads(json.dumps(settings))
         differences = {
             name: [there, now] for name, there, now in _differences(recorded["settings"], wanted)
@@ -247,7 +255,7 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     if run.result() is None:
         raise RunError(f"{folder} is a run that did not finish: result.json is missing")
     config = read_model_config(model_folder)
-    _warn_of_other_rule(config.rule, read_json(run.settings_file), run.path)
+    _warn_of_other_rule(config.rule, run.recorded(), run.path)
     model = Transformer(config)
     weights = read_weights(model_folder / "model.safetensors")
     try:
@@ -294,11 +302,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _warn_of_other_rule(rule: str, recorded: Any, folder: Path) -> None:
+def _warn_of_other_rule(rule: str, recorded: dict[str, Any], folder: Path) -> None:
     """Say so if the user's rule file is no longer what the model was trained with."""
     from polyak.registry import source_of
 
-    file, settings = source_of(rule), recorded.get("settings", {})
+    file, settings = source_of(rule), recorded["settings"]
     trained_with = settings.get("rule_source")
     if file is not None and file.exists() and sha256_of(file) != trained_with:
         warnings.warn(

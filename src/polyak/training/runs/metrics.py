@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import RunError, UnwritableError
-from polyak.files import reason, write_atomic
+from polyak.files import parse_json, reason, write_atomic
 
 
 class MetricsLog:
@@ -152,9 +152,9 @@ def rows_of(content: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]
     *lines, _ = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, "")
             known = isinstance(row, dict) and "kind" in row and isinstance(row.get("step", 0), int)
-        except ValueError:
+        except RunError:
             known = False
         if not known:
             raise RunError(
