@@ -160,6 +160,12 @@ def parse_free(text: str) -> Any:
     return tuple(text.split("+")) if "+" in text else text
 
 
+def defaults(kind: type) -> dict[str, Any]:
+    """The defaults of a configuration dataclass by field; fields that have none are left out."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
 def check_keys(kind: type, values: Iterable[str], what: str) -> None:
     """See that every key is a field of a configuration dataclass.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,7 @@ def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
         ("micro_batch_size=3 does not divide", ["--set", "training.micro_batch_size=3"]),
         ("sam='decay' needs a decay phase", ["--set", "training.sam=decay"]),
         ("is not a run: run.json is missing", ["--resume"]),
-        ("leave out --recipe", ["--resume", "--recipe", "quick"]),
+        ("is not a run: run.json is missing", ["--resume", "--recipe", "quick"]),
         ("--corpos", ["--corpos", "x"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -243,12 +244,75 @@ def test_a_run_begins_goes_on_and_is_not_overwritten(corpus: Path, tmp_path: Pat
     assert "model.rule: 'nesterov' there, 'adam' now" in error
 
 
+def test_the_line_that_began_a_run_goes_on_with_it(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        '\ufeffbase = "quick"\r\n[training]\r\nmuon_lr = 0.01\r\nsteps = 4\r\n', encoding="utf-8"
+    )
+    line = [
+        *("train", "--recipe", "mine.toml", "--rule", "triple_momentum[stream_start=zeros]"),
+        *("--corpus", corpus, "--device", "cpu", "--seed", 3, "--set", "threads=1", *SETTINGS),
+        *("--set", "training.checkpoint_every=2", "--out", "out"),
+    ]
+
+    def run(*words: object) -> tuple[int, str]:
+        done = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache")
+        return done.returncode, done.stderr
+
+    def undone() -> None:
+        (tmp_path / "out/result.json").unlink()
+        shutil.rmtree(tmp_path / "out/checkpoints/step-000004")
+
+    assert run(*line) == (0, "")
+    weights = (tmp_path / "out/model/model.safetensors").read_bytes()
+    undone()
+    assert run(*line, "--resume") == (0, "")
+    assert (tmp_path / "out/model/model.safetensors").read_bytes() == weights
+    assert run(*line, "--resume") == (0, "")  # finished already
+    undone()
+    (tmp_path / "mine.toml").write_text('base = "quick"\n[training]\nsteps = 4\nmuon_lr = 0.03\n')
+    code, error = run(*line, "--resume")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "training.muon_lr: 0.01 there, 0.03 now" in error
+    code, error = run(*line[:-2], "--seed", 4, *line[-2:], "--resume")
+    assert code != 0
+    assert run("train", "--out", "out", "--resume") == (0, "")  # with its own settings
+    assert (tmp_path / "out/model/model.safetensors").read_bytes() == weights
+    begun = ["train", "--init", "out", "--steps", 2, *line[5:-2], "--out", "more"]
+    assert run(*begun) == (0, "")
+    (tmp_path / "more/result.json").unlink()
+    assert run(*begun, "--resume") == (0, "")
+    assert (tmp_path / "more/result.json").exists()
+
+
+def test_a_run_of_a_version_that_had_fewer_settings_goes_on(corpus: Path, tmp_path: Path) -> None:
+    def train(*words: object) -> tuple[int, str]:
+        done = polyak("train", "--out", "out", *words, cwd=tmp_path, cache=tmp_path / "cache")
+        return done.returncode, done.stderr
+
+    first = ("--corpus", corpus, "--device", "cpu", "--set", "threads=1", *SETTINGS)
+    assert train("--steps", 2, *first) == (0, "")
+    file = tmp_path / "out/run.json"
+    recorded = json.loads(file.read_text())
+    for part in ("settings", "config"):
+        del recorded[part]["training"]["sam_rho"], recorded[part]["model"]["qk_norm"]
+    file.write_text(json.dumps(recorded))
+    assert train("--resume", "--steps", 4) == (0, "")
+    again = json.loads(file.read_text())
+    assert again["settings"]["model"]["qk_norm"] is False  # it is on record from now on
+    for part in ("settings", "config"):
+        del again[part]["training"]["sam_rho"]
+    file.write_text(json.dumps(again))
+    code, error = train("--resume", "--steps", 6, "--set", "training.sam_rho=0.1")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "training.sam_rho: 0.05 there, 0.1 now" in error
+
+
 def test_a_run_folder_that_is_not_one_is_refused(tmp_path: Path, run: Run) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("[]")
     code, _, error = run("--resume", corpus_too=False)
     assert code == 1
-    assert "has no 'config'" in error
+    assert "run.json is not a run's" in error
     os.remove(tmp_path / "out" / "run.json")
     code, _, error = run("--resume", corpus_too=False)
     assert "is not a run: run.json is missing; leave out --resume" in error

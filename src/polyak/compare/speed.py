@@ -13,6 +13,7 @@ from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan
 from polyak.data.prepare import Prepared
 from polyak.files import read_json, write_json
+from polyak.nn.config import ModelConfig
 from polyak.statistics.intervals import spread
 from polyak.training.config.run import RunConfig
 from polyak.training.trainer import Trainer
@@ -93,7 +94,7 @@ def speeds_of(
     kept = {
         entry.name: known[entry.name]["tokens_per_second"]
         for entry in plan.entries
-        if known.get(entry.name, {}).get("for") == _speed_key(plan, entry)
+        if _as_of_today(known.get(entry.name, {}).get("for")) == _speed_key(plan, entry)
     }
     missing = [entry for entry in plan.entries if entry.name not in kept]
     if missing:
@@ -114,6 +115,13 @@ def speeds_of(
 def _speed_key(plan: Plan, entry: Entry) -> Any:
     key = [entry.model.to_dict(), plan.base.training.batch_size, plan.threads]
     return json.loads(json.dumps(key))  # as it is read again: a tuple is a list there
+
+
+def _as_of_today(key: Any) -> Any:
+    """A kept key; settings of the model that an older version did not have are at defaults."""
+    if not isinstance(key, list) or not key or not isinstance(key[0], dict):
+        return None
+    return [{**json.loads(json.dumps(ModelConfig().to_dict())), **key[0]}, *key[1:]]
 
 
 def _known_speeds(plan: Plan) -> dict[str, Any]:

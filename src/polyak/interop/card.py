@@ -11,7 +11,7 @@ from polyak import rules
 from polyak.errors import RunError
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
-from polyak.training.runs.folder import RunFolder
+from polyak.training.runs.folder import RunFolder, unfinished
 
 PAPERS = {
     "arXiv:2605.24425": "Momentum Streams for Optimizer-Inspired Transformers",
@@ -52,7 +52,7 @@ def model_card(run: str | Path, *, place: str = "FOLDER") -> str:
         raise RunError(f"{run} is not a run: run.json is missing")
     recorded, result = folder.recorded(), folder.result()
     if result is None:
-        raise RunError(f"{run} is a run that did not finish: result.json is missing")
+        raise unfinished(run)
     try:
         settings, environment = recorded["settings"], recorded["environment"]
         config = ModelConfig.from_dict(settings["model"])

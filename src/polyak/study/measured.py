@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,7 @@ class Measurement:
         measure: of one run.
         render: the page.
         derive: what of a run follows from what was found, for results.json.
+        defaults: of the settings: an older version may not have had some.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Measurement:
     measure: Measure
     render: Callable[[Mapping[str, Any]], str]
     derive: Callable[[Found], dict[str, Any]] = lambda found: {}
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure_runs(
@@ -84,7 +86,7 @@ def measure_runs(
     results = _begin(measurement, subjects, sets, command)
     make_folder(out)
     with locked(out, f"polyak {measurement.kind}"):
-        results["runs"] = _kept(out, results)
+        results["runs"] = _kept(out, results, measurement.defaults)
         for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
             run = results["runs"][index]
 
@@ -147,7 +149,9 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _kept(out: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _kept(
+    out: Path, results: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """The runs, with what an earlier start in this folder has found of them.
 
     Raises:
@@ -158,7 +162,7 @@ def _kept(out: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
         return runs
     before = formats.read_results(out / "results.json")
     here = json.loads(json.dumps(results["settings"]))
-    there = before.get("settings") or {}
+    there = {**{key: defaults.get(key) for key in here}, **(before.get("settings") or {})}
     differ = [key for key in here if here[key] != there.get(key)]
     names = [[run.get("name") for run in one] for one in (before.get("runs") or [], runs)]
     if differ or names[0] != names[1]:

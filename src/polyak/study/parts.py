@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Part:
         key: all that the result depends on, as JSON has it.
         work: expected seconds.
         measure: does it.
+        defaults: of what is in `key`: a file that an older version wrote may lack some.
     """
 
     subject: str
@@ -41,6 +42,7 @@ class Part:
     key: Mapping[str, Any]
     work: float
     measure: Callable[[Tick], Found]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, folder: Path) -> Path:
         """Where its result is kept."""
@@ -61,13 +63,32 @@ def done(part: Part, folder: Path) -> Found | None:
     content = formats.read(file, "part")
     if not {"key", "found"} <= content.keys():
         raise RunError(f"{file} is not a part of a study; remove it, and it is measured again")
-    wanted, there = json.loads(json.dumps(part.key)), content["key"]
+    wanted = json.loads(json.dumps(part.key))
+    there = over(_only(part.defaults, wanted), content["key"])
     if wanted != there:
         names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
         shown = "; ".join(f"{n}: {there.get(n)!r} there, {wanted.get(n)!r} now" for n in names[:4])
         raise RunError(f"{file} was measured otherwise ({shown}); choose another --out")
     found: Found = content["found"]
     return found
+
+
+def _only(defaults: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of what is asked for today."""
+    made = {name: value for name, value in defaults.items() if name in wanted}
+    for name, value in made.items():
+        if isinstance(value, Mapping):
+            made[name] = _only(value, wanted[name])
+    return dict(json.loads(json.dumps(made)))
+
+
+def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given values over the defaults, also inside the values that are mappings."""
+    made = {**defaults, **given}
+    for name, value in given.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
+            made[name] = over(defaults[name], value)
+    return made
 
 
 def measure_all(

@@ -52,7 +52,8 @@ class TrainOptions:
     out: Path = Path("runs/train")
     """The run's folder; a run that is there already is not touched without --resume."""
     resume: bool = False
-    """Go on with the run in --out from its newest whole checkpoint, with its own settings."""
+    """Go on with the run in --out from its newest whole checkpoint, with its own settings. The
+    line that began it may be repeated; what would change the run is refused, and shown."""
     dry_run: bool = False
     """Print the configuration and what it will take, and train nothing."""
     tokens_per_second: float | None = None
@@ -61,12 +62,6 @@ class TrainOptions:
     """With --dry-run: plan for so many processes. Default: those of torchrun, or one."""
 
     def __post_init__(self) -> None:
-        if self.resume and self.recipe is not None:
-            raise ConfigError(
-                "with --resume the settings are those of the run in --out; leave out --recipe"
-            )
-        if self.resume and self.init is not None:
-            raise ConfigError("a resumed run goes on from its checkpoint; leave out --init")
         for name in ("tokens_per_second", "processes"):
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
@@ -84,8 +79,8 @@ def resolve(options: TrainOptions) -> RunConfig:
     """
     if options.resume:
         base = _recorded(options.out)
-        prefix = ""
-    else:
+    if not options.resume or options.recipe is not None or options.init is not None:
+        # resumed, these may only repeat what began the run: `RunFolder.check` sees to that
         name = DEFAULT_RECIPE if options.recipe is None else options.recipe
         base = recipes.read(name)
         prefix = f"recipe {name}: "

@@ -20,12 +20,18 @@ from polyak.evaluation.losses import require_causal
 from polyak.evaluation.subjects import Subject, load_subjects
 from polyak.files import locked, make_folder, sha256_of, write_json
 from polyak.report.pages import check_out, save
+from polyak.settings import defaults
 from polyak.study.evaluation.measure import Progress, about
 from polyak.study.forgetting.page import finished, render
 from polyak.training.machine import heading
 from polyak.words import listed
 
 KIND = "forgetting"
+FIRST = (
+    *("onto", "text_field", "steps", "optimizer", "lr", "muon_lr", "weight_decay", "warmup"),
+    *("batch_size", "eval_every", "eval_tokens", "seed"),
+)
+"""Settings of a protocol in release 0.1.0; one that came later counts where it is set."""
 
 
 def forgetting(
@@ -133,7 +139,14 @@ class _Study:
 
 
 def _key(made: Mapping[str, Any]) -> str:
-    return sha256_of(json.dumps(made, sort_keys=True).encode())[:24]
+    """The name of a measurement's file, the same in every version that can make it."""
+    later = defaults(ForgettingConfig)
+    protocol = {
+        name: value
+        for name, value in made["protocol"].items()
+        if name in FIRST or value != later[name]
+    }
+    return sha256_of(json.dumps({**made, "protocol": protocol}, sort_keys=True).encode())[:24]
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from polyak import formats
 from polyak.analysis.config import SharpnessConfig
 from polyak.analysis.spectrum_config import SpectrumConfig
-from polyak.errors import RunError, unknown
+from polyak.errors import unknown
 from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal, summary, token_losses
 from polyak.evaluation.subjects import Subject, corpus_of, load_subject, token_set
 from polyak.files import locked, make_folder, sha256_of
 from polyak.report.pages import check_out, save
+from polyak.settings import defaults
 from polyak.study.landscape.config import LandscapeConfig
 from polyak.study.landscape.properties import OWN, PROPERTIES
 from polyak.study.landscape.results import complete, value_of
@@ -35,6 +36,7 @@ from polyak.study.runs.measure import gather, read_run
 from polyak.study.sharpness.measure import sharpness_of
 from polyak.study.spectrum.measure import persistence_of, spectrum_of, tokens_of
 from polyak.training.runs.finding import find_runs, short_names
+from polyak.training.runs.folder import unfinished
 
 KIND = "landscape"
 PRODUCT = 3.5
@@ -79,7 +81,7 @@ def landscape(
     read = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     for run in read:
         if run["status"] != "finished":
-            raise RunError(f"{run['folder']} is a run that did not finish: result.json is missing")
+            raise unfinished(run["folder"])
     results = gather(read, command=command)
     _put_first(results, config.baseline)
     study = _Study(config, results)
@@ -112,6 +114,14 @@ def _put_first(results: dict[str, Any], baseline: str | None) -> None:
         raise unknown("baseline", baseline, names)
     results["baseline"] = baseline
     entries.sort(key=lambda entry: entry["name"] != baseline)  # stable: the others stay in order
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sharpness": defaults(SharpnessConfig),
+    "spectrum": defaults(SpectrumConfig),
+    "forgetting": {"protocol": defaults(ForgettingConfig)},
+}
+"""What a part that an older version measured is taken to have been asked for, by kind."""
 
 
 class _Study:
@@ -148,7 +158,10 @@ class _Study:
                     continue
                 key, work, measure = getattr(self, f"_{kind}")(subject, speed)
                 made[kind].append(
-                    Part(run["name"], kind, {"weights": weights, **key}, work, measure)
+                    Part(
+                        *(run["name"], kind, {"weights": weights, **key}, work, measure),
+                        defaults=DEFAULTS.get(kind, {}),
+                    )
                 )
         return [part for kind in made for part in made[kind]]
 

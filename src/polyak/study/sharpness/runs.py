@@ -13,6 +13,7 @@ from typing import Any
 
 from polyak.analysis.config import SharpnessConfig
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
+from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
 from polyak.study.sharpness.measure import Found, Progress, sharpness_of
 from polyak.study.sharpness.page import render
@@ -49,5 +50,8 @@ def sharpness(
 
     subjects = load_subjects(runs, device=config.device)
     sets = [token_set(subject, config.corpus, tokens=config.tokens) for subject in subjects]
-    asked = Measurement(KIND, {**settings, "rho": list(config.radii)}, measure, render)
+    asked = Measurement(
+        *(KIND, {**settings, "rho": list(config.radii)}, measure, render),
+        defaults=defaults(SharpnessConfig),
+    )
     return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)

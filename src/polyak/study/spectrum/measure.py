@@ -26,6 +26,7 @@ from polyak.analysis.jacobian import (
 from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
+from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
 from polyak.training.machine import peak_memory_bytes
 from polyak.training.runs.metrics import without_nonfinite
@@ -78,7 +79,7 @@ def spectra(
     sets = [tokens_of(subject, config) for subject in subjects]
     for subject, tokens in zip(subjects, sets, strict=True):  # refused before anything is written
         _block_maps(subject, tokens, config, 0)
-    asked = Measurement(KIND, settings, measure, render, derive)
+    asked = Measurement(KIND, settings, measure, render, derive, defaults(SpectrumConfig))
     return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)
 
 

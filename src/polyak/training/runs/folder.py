@@ -135,9 +135,8 @@ class RunFolder:
             return {}
         recorded = self.recorded()
         wanted = json.loads(json.dumps(settings))
-        differences = {
-            name: [there, now] for name, there, now in _differences(recorded["settings"], wanted)
-        }
+        kept = _with_defaults(recorded["settings"])
+        differences = {name: [there, now] for name, there, now in _differences(kept, wanted)}
         refused = [
             f"{name}: {there!r} there, {now!r} now"
             if name != "rule_source"
@@ -179,6 +178,18 @@ class RunFolder:
             return []
         rows = (row for _, row in rows_of(content, self.metrics_file))
         return [row for row in rows if kind in (None, row["kind"])]
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings; those that an older version did not have yet are at their defaults."""
+    from polyak.training.config.run import RunConfig
+
+    defaults: dict[str, Any] = json.loads(json.dumps(RunConfig().to_dict()))
+    made = dict(settings)
+    for name in ("model", "training"):
+        if isinstance(settings.get(name), dict):
+            made[name] = {**defaults[name], **settings[name]}
+    return made
 
 
 def _anywhere(config: RunConfig) -> dict[str, Any]:
@@ -253,7 +264,7 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
         fix = "; it is a model's folder: 'polyak import' makes a run of it" if described else ""
         raise RunError(f"{folder} is not a run: run.json is missing{fix}")
     if run.result() is None:
-        raise RunError(f"{folder} is a run that did not finish: result.json is missing")
+        raise unfinished(folder)
     config = read_model_config(model_folder)
     _warn_of_other_rule(config.rule, run.recorded(), run.path)
     model = Transformer(config)
@@ -269,6 +280,14 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     if wrong:
         raise RunError(f"{model_folder}: weights do not fit config.json ({', '.join(wrong[:3])})")
     return model.eval(), load_tokenizer(model_folder)
+
+
+def unfinished(folder: str | Path) -> RunError:
+    """The error for a run that has to be finished first."""
+    return RunError(
+        f"{folder} is a run that did not finish: result.json is missing; "
+        f"'polyak train --out {folder} --resume' goes on with it"
+    )
 
 
 def read_model_config(model_folder: Path) -> ModelConfig:
