@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -171,10 +172,12 @@ def coefficient(
         ConfigError: outside [0, 1) (mu), or not positive (gamma), or of another shape.
     """
     heads = key.shape[2]
-    if isinstance(value, Tensor):
-        found = value.to(key.device)
-    else:
-        found = torch.tensor(value, dtype=torch.float64, device=key.device)
+    wanted = "at least 0 and below 1" if below_one else "positive"
+    if not isinstance(value, Tensor):
+        if not (0 <= value < 1 if below_one else 0 < value < math.inf):
+            raise ConfigError(f"{name}={value:g} must be {wanted}")
+        return torch.tensor(value, dtype=torch.float64, device=key.device)
+    found = value.to(key.device)
     if found.numel() == 1:
         found = found.reshape(())
     elif found.shape != (heads,):
@@ -182,12 +185,11 @@ def coefficient(
             f"{name} of shape {tuple(found.shape)} must be a number or ({heads},): one for each "
             "key/value head"
         )
-    if not isinstance(value, Tensor) or _values_at_hand(value):
+    if _values_at_hand(value):
         numbers = found.detach()
         fits = (numbers >= 0) & (numbers < 1) if below_one else (numbers > 0) & numbers.isfinite()
         if not bool(fits.all()):
             wrong = float(numbers.flatten()[int((~fits).flatten().int().argmax())])
-            wanted = "at least 0 and below 1" if below_one else "positive"
             raise ConfigError(f"{name}={wrong:g} must be {wanted}")
     return found.to(torch.float64)
 
