@@ -201,6 +201,113 @@ def test_what_cannot_be_split_says_why() -> None:
         _corpus({"a": "x"}).split()
 
 
+# --- what is left out, and how else it is read --------------------------------------------------
+
+
+def test_text_in_another_encoding_is_read_when_that_is_named(tmp_path: Path) -> None:
+    text = "un café crème\n" * 3
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    (tmp_path / "b.jsonl").write_bytes('{"text": "naïve"}\n'.encode("latin-1"))
+    corpus = load_corpus(str(tmp_path), encoding="latin-1")
+    assert _documents(corpus) == {"a.txt": text, "b.jsonl:1": "naïve"}
+    assert not corpus.left_out
+    assert corpus.fingerprint != load_corpus(str(tmp_path)).fingerprint
+    (tmp_path / "c.txt").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=r"b\.jsonl: JSON Lines cannot be in utf-16"):
+        list(load_corpus(str(tmp_path), encoding="utf-16").documents)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "a.txt").unlink()
+    assert _documents(load_corpus(str(tmp_path), encoding="utf-16")) == {"c.txt": text}
+
+
+def test_a_long_text_in_another_encoding_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyak.data.readers.LONG_FILE", 1000)
+    text = "déjà vu, " * 500
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-16"))
+    (document,) = load_corpus(str(tmp_path / "a.txt"), encoding="utf-16").documents
+    assert not isinstance(document.text, str)
+    assert "".join(document.text) == text
+    assert "".join(part for half in document.text.cut(1000) for part in half) == text
+
+
+@pytest.mark.parametrize("name", ["latin-99", "rot13", "base64", "idna", "utf-7", "", "a\0b", "os"])
+def test_an_encoding_that_is_none_of_text_files_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match="is no encoding of text files; write utf-8, latin-1"):
+        load_corpus(str(tmp_path / "a.txt"), encoding=name)
+
+
+def test_a_corpus_of_a_name_has_its_own_encoding() -> None:
+    with pytest.raises(ConfigError, match=r"encoding='latin-1': corpus 'stdlib' has its own"):
+        load_corpus("stdlib", encoding="latin-1")
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "ndjson.gz", "json", "json.gz", "JSONL"])
+def test_lines_of_records_are_read_under_every_usual_ending(tmp_path: Path, ending: str) -> None:
+    lines = "".join(json.dumps({"id": n, "text": f"lamp {n}"}) + "\n" for n in range(9)).encode()
+    packed = gzip.compress(lines) if ending.endswith("gz") else lines
+    (tmp_path / f"a.{ending}").write_bytes(packed)
+    corpus = load_corpus(str(tmp_path / f"a.{ending}"))
+    assert list(_documents(corpus).values()) == [f"lamp {n}" for n in range(9)]
+    assert corpus.split_by == "content"
+
+
+def test_a_json_file_is_its_records_or_else_text(tmp_path: Path) -> None:
+    records = [{"text": "one", "id": 1}, {"text": "two"}]
+    for name, content in {
+        "list.json": json.dumps(records, indent=1),
+        "object.json": json.dumps({"name": "a package", "text": "x"}),
+        "numbers.json": "[1, 2, 3]",
+        "broken.json": '{"text": ',
+    }.items():
+        (tmp_path / name).write_text(content)
+    found = _documents(load_corpus(str(tmp_path)))
+    assert {name: found.pop(name) for name in ("list.json:1", "list.json:2")} == {
+        "list.json:1": "one",
+        "list.json:2": "two",
+    }
+    assert found == {name: (tmp_path / name).read_text() for name in found}
+    assert set(found) == {"object.json", "numbers.json", "broken.json"}
+    corpus = load_corpus(str(tmp_path / "list.json"))
+    assert [d.name for d in corpus.documents.after(1)] == ["list.json:2"]  # type: ignore[attr-defined]
+    (tmp_path / "list.json").write_text('[{"text": "x"}, {"body": "y"}]')
+    with pytest.raises(DataError, match=r"list\.json, record 2: no field 'text'"):
+        list(load_corpus(str(tmp_path / "list.json")).documents)
+
+
+def test_tables_are_not_read_as_prose(texts: Path) -> None:
+    (texts / "a.csv").write_text("id,text\n1,lamp\n")
+    (texts / "b.TSV").write_text("id\ttext\n1\tlamp\n")
+    assert load_corpus(str(texts)).left_out.counts == {"CSV or TSV": 2}
+    with pytest.raises(DataError, match=r"a\.csv is CSV or TSV; a corpus is UTF-8 text .*\.jsonl"):
+        load_corpus(str(texts / "a.csv"))
+
+
+def test_a_line_longer_than_memory_should_hold_is_refused_before_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyak.data.readers.LONGEST_RECORD", 1 << 16)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (32 << 20)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"line 1: a record of more than 65,536 bytes"):
+        list(load_corpus(str(path)).documents)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_a_name_that_hides_a_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()
+    with pytest.warns(UserWarning, match=r"for the folder c4 that lies here, write \./c4"):
+        load_corpus("c4[documents=3]")
+
+
 # --- paths --------------------------------------------------------------------------------------
 
 
@@ -227,12 +334,14 @@ def test_what_is_left_out_of_a_folder_is_counted(texts: Path) -> None:
     os.mkfifo(texts / "pipe")
     corpus = load_corpus(str(texts))
     assert len(_documents(corpus)) == 60
-    assert corpus.skipped == {
-        "binary": 4,
+    assert corpus.left_out.counts == {
+        "binary": 1,
+        "not UTF-8": 3,
         "hidden": 2,
         "links to folders": 1,
         "not regular files": 1,
     }
+    assert corpus.left_out.first["not UTF-8"] == ["cut.txt", "late.txt", "latin.txt"]
 
 
 def test_a_character_across_two_reads_is_still_text(tmp_path: Path) -> None:
@@ -325,11 +434,13 @@ def test_folders_without_text_say_what_they_hold(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty: no files in it"):
         load_corpus(str(tmp_path))
     (tmp_path / ".hidden").touch()
-    with pytest.raises(DataError, match=r"no files in it \(left out: 1 hidden\)"):
+    with pytest.raises(DataError, match=r"no files in it \(left out: 1 hidden \(\.hidden\)\)"):
         load_corpus(str(tmp_path))
     (tmp_path / "a.bin").write_bytes(b"\0")
     (tmp_path / "b.bin").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="holds 2 binary files only"):
+    with pytest.raises(
+        DataError, match=r"nothing that can be read: 1 hidden .*, 1 binary \(a\.bin\), 1 not UTF-8"
+    ):
         load_corpus(str(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="neither a regular file nor a folder"):

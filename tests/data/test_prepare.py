@@ -93,12 +93,18 @@ def test_shards_read_as_one_sequence(limit: int, data: st.DataObject) -> None:
 def test_the_manifest_says_what_is_there(texts: Path, cache: Path) -> None:
     (texts / "empty.txt").touch()
     (texts / "image.bin").write_bytes(b"\0")
-    prepared = prepare(str(texts), cache=cache, shard_tokens=1000)
+    with pytest.warns(UserWarning, match=r"left out of corpus 'texts': 1 binary \(image\.bin\)$"):
+        prepared = prepare(str(texts), cache=cache, shard_tokens=1000)
     manifest = json.loads((prepared.folder / "manifest.json").read_text())
     assert manifest == prepared.manifest
     assert manifest["corpus"]["name"] == "texts"
     assert manifest["corpus"]["fingerprint"] == load_corpus(str(texts)).fingerprint
     assert manifest["corpus"]["skipped"] == {"binary": 1, "empty": 1}
+    record = {"binary": {"files": 1, "first": ["image.bin"]}}
+    assert manifest["corpus"]["skipped_files"] == prepared.left_out == record
+    (texts / "second.bin").write_bytes(b"\0")  # said also where nothing is prepared anew
+    with pytest.warns(UserWarning, match=r"2 binary \(image\.bin, second\.bin\)$"):
+        assert prepare(str(texts), cache=cache, shard_tokens=1000).folder == prepared.folder
     assert manifest["tokenizer"]["fingerprint"] == ByteTokenizer().fingerprint
     assert manifest["split"]["fraction"] == 0.05
     assert manifest["train"]["documents"] + manifest["validation"]["documents"] == 60

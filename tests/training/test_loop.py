@@ -378,3 +378,21 @@ def test_the_standard_library_is_a_corpus_of_bytes(tmp_path: Path) -> None:
     assert 4 < result["loss"] < 6.5  # near ln 256: two steps teach little
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["corpus"]["name"] == "stdlib"
+
+
+def test_files_left_out_of_the_corpus_are_said_and_kept_in_the_run(tmp_path: Path) -> None:
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    for number in range(20):
+        end = "é" if number % 5 < 2 else ""
+        text = f"a letter about the garden, {number}{end}\n" * 40
+        (letters / f"{number:02d}.txt").write_bytes(text.encode("latin-1"))
+    config = run_config(letters, steps=1)
+    with pytest.warns(UserWarning, match=r"'letters': 8 not UTF-8 \(00.txt, 01.txt, 05.txt, …\)"):
+        train(config, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["skipped_files"]
+    assert kept == {"not UTF-8": {"files": 8, "first": ["00.txt", "01.txt", "05.txt"]}}
+    train(dataclasses.replace(config, encoding="latin-1"), tmp_path / "all")
+    recorded = json.loads((tmp_path / "all" / "run.json").read_text())
+    assert "skipped_files" not in recorded
+    assert recorded["config"]["encoding"] == "latin-1"

@@ -30,6 +30,7 @@ def compare(
     tokenizer: str,
     *,
     text_field: str = "text",
+    encoding: str = "utf-8",
     cache: Path | None = None,
     workers: int | None = None,
     rounds: int = 3,
@@ -45,6 +46,7 @@ def compare(
         corpus: see `load_corpus`; it must fit in memory.
         tokenizer: see `prepare`.
         text_field: see `prepare`.
+        encoding: see `prepare`.
         cache: where the corpus is prepared before the timing.
         workers: processes; one per core if None.
         rounds: every round times every way once, in the same order.
@@ -53,8 +55,8 @@ def compare(
         What `prepare` raises.
     """
     workers = available_cores() if workers is None else workers
-    before = prepare(corpus, tokenizer, text_field=text_field, cache=cache)
-    loaded = load_corpus(corpus, text_field=text_field)
+    before = prepare(corpus, tokenizer, text_field=text_field, encoding=encoding, cache=cache)
+    loaded = load_corpus(corpus, text_field=text_field, encoding=encoding)
     texts = ["".join(parts_of(document.text)) for document in loaded.documents]
     megabytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) / 1e6
     made = before.tokenizer
@@ -65,6 +67,7 @@ def compare(
             prepare(
                 *(corpus, str(before.folder)),
                 text_field=text_field,
+                encoding=encoding,
                 cache=folder,
                 workers=processes,
             )

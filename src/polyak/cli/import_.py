@@ -42,6 +42,8 @@ class ImportConfig:
     """Text to measure the loss on, by name or path. Default: it is not measured."""
     text_field: str = "text"
     """Field that holds the text in JSONL and Parquet."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     tokens: int = 32_768
     """Validation tokens to measure on."""
 
@@ -64,6 +66,7 @@ def main(words: Sequence[str]) -> int:
         num_heads=config.num_heads,
         corpus=config.corpus,
         text_field=config.text_field,
+        encoding=config.encoding,
         tokens=config.tokens,
     )
     model = found.model.config

@@ -26,8 +26,9 @@ commands find it by the corpus's and the tokenizer's names.
 
 corpora: stdlib, prose (of this Python), tinystories, tinystories-own, openwebtext,
 wikitext-103, wikitext-103-lines, c4, lambada (of the hub, or of a copy of it in
-$POLYAK_HUB), or the path of a text, .jsonl, .jsonl.gz or .parquet file, or of a
-folder of them. tinystories[documents=1000] takes the first documents only.
+$POLYAK_HUB), or the path of a text, .jsonl, .ndjson (also .gz), .json (a list of
+records) or .parquet file, or of a folder of them. tinystories[documents=1000] takes
+the first documents only.
 tokenizers: bytes, gpt2, bpe-N (trained on the corpus), or a tokenizer's path.
 
 examples:
@@ -51,6 +52,8 @@ class PrepareConfig:
     """`bytes`, `gpt2`, `bpe-N`, or the path of a tokenizer's folder."""
     text_field: str = "text"
     """The field with the text of JSONL, Parquet and hub records."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     validation_fraction: float | None = None
     """Share of the documents held out; None: the corpus's own (0.05 of most)."""
     workers: int | None = None
@@ -84,6 +87,7 @@ def main(words: Sequence[str]) -> int:
 
     chosen: dict[str, Any] = {
         "text_field": config.text_field,
+        "encoding": config.encoding,
         "cache": config.cache,
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens or SHARD_TOKENS,
@@ -196,6 +200,7 @@ def _bench(config: PrepareConfig) -> int:
         config.corpus,
         config.tokenizer,
         text_field=config.text_field,
+        encoding=config.encoding,
         cache=config.cache,
         workers=config.workers,
         rounds=config.rounds,

@@ -45,6 +45,8 @@ class CompareConfig:
     text files, a folder, JSONL or Parquet."""
     text_field: str = "text"
     """Field that holds the text in JSONL and Parquet."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe-N` (trained on the corpus, N tokens), `gpt2`, or a tokenizer's path."""
     out: Path = Path("runs/compare")

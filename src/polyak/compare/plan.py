@@ -157,7 +157,7 @@ def make_plan(config: CompareConfig) -> Plan:
     if config.sweep is not None:
         parse_sweep(config.sweep)
     device = device_of(config.device)
-    data = prepare(base.corpus, base.tokenizer, text_field=base.text_field)
+    data = prepare(base.corpus, base.tokenizer, text_field=base.text_field, encoding=base.encoding)
     if base.model.vocab_size != data.tokenizer.vocab_size and not any(
         assignment.startswith("model.vocab_size") for assignment in config.set
     ):
@@ -194,6 +194,7 @@ def _base(config: CompareConfig) -> RunConfig:
     base = RunConfig(
         corpus=config.corpus,
         text_field=config.text_field,
+        encoding=config.encoding,
         tokenizer=config.tokenizer,
         device=config.device,
     )
@@ -225,7 +226,7 @@ def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]
 def corpus_summary(plan: Plan) -> dict[str, object]:
     """The corpus as results.json records it."""
     data, validation = plan.data, validation_set(plan.base, plan.data)
-    return {
+    summary = {
         "name": data.manifest["corpus"]["name"],
         "fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.name,
@@ -235,6 +236,7 @@ def corpus_summary(plan: Plan) -> dict[str, object]:
         "validation_tokens": validation.tokens,
         "validation_bytes": validation.bytes,
     }
+    return summary | ({"skipped_files": dict(data.left_out)} if data.left_out else {})
 
 
 def rule_hash(model: ModelConfig) -> str | None:

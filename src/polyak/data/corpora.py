@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Literal
 
 from polyak.data import hub, python_sources, sources
 from polyak.data.documents import Document, LongText, Text, parts_of
+from polyak.data.encodings import DEFAULT, check_encoding
+from polyak.data.left_out import LeftOut
 from polyak.errors import ConfigError, DataError, UnknownNameError, unknown
 
 __all__ = ["NAMES", "Corpus", "Document", "Splitter", "known_names", "load_corpus"]
 
-NAMES: dict[str, Callable[[], tuple[Iterable[Document], str, Mapping[str, int]]]] = {
+NAMES: dict[str, Callable[[], tuple[Iterable[Document], str, LeftOut]]] = {
     "stdlib": python_sources.stdlib,
     "prose": python_sources.prose,
 }
@@ -41,7 +44,7 @@ class Corpus:
             file doesn't move it), the content where they are records (inserting a record
             doesn't move the others, and duplicates stay on one side), nothing where the corpus
             has a split of its own.
-        skipped: Reason → number of files left out.
+        left_out: The files left out, by reason.
         sides: The sides of the split: training, validation, and test where there is one.
         empty_sides: Those that the corpus has nothing for: it is meant for evaluation only.
         fraction: Share of the documents held out when nobody asks for another.
@@ -51,7 +54,7 @@ class Corpus:
     documents: Iterable[Document]
     fingerprint: str
     split_by: Literal["name", "content", "own"] = "name"
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
     sides: tuple[str, ...] = SIDES
     empty_sides: tuple[str, ...] = ()
     fraction: float = FRACTION
@@ -181,30 +184,35 @@ def known_names() -> tuple[str, ...]:
     return (*NAMES, *hub.HUB)
 
 
-def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
+def load_corpus(name_or_path: str, *, text_field: str = "text", encoding: str = DEFAULT) -> Corpus:
     r"""A corpus by name (`stdlib`, `prose`, `tinystories`, …, see `hub.HUB`) or by path.
 
-    A path is a text file, a JSONL file (`.jsonl`, `.jsonl.gz`; one object a line), a Parquet
-    file, or a folder of such files, searched recursively. Text must be UTF-8. A name wins over a
-    file of that name; write `./stdlib` for the file. Every file is read once here, for the
+    A path is a text file, a JSONL file (`.jsonl`, `.ndjson`, also `.gz`; one object a line), a
+    `.json` file with a list of objects, a Parquet file, or a folder of such files, searched
+    recursively. A name wins over a file of that name, with a warning; write `./stdlib` for the
+    file. Every file is read once here, for the
     fingerprint; the hub is not contacted here.
 
     Args:
         name_or_path: What to load.
         text_field: The field that holds the text of a JSONL or Parquet record.
+        encoding: Of text files and JSON; the corpora of a name have their own.
 
     Raises:
         UnknownNameError: Neither a known name nor a path that exists.
+        ConfigError: No such encoding, or one for a corpus that has its own.
         DataError: Unreadable, empty or binary.
         MissingExtraError: Parquet without pyarrow.
     """
     if name_or_path in NAMES:
-        documents, fingerprint, skipped = NAMES[name_or_path]()
+        _check_name(name_or_path, encoding)
+        documents, fingerprint, left_out = NAMES[name_or_path]()
         return Corpus(
-            name=name_or_path, documents=documents, fingerprint=fingerprint, skipped=skipped
+            name=name_or_path, documents=documents, fingerprint=fingerprint, left_out=left_out
         )
     found_on_hub = hub.parse(name_or_path)
     if found_on_hub is not None:
+        _check_name(name_or_path, encoding)
         found_on_hub.text_field = text_field
         own = found_on_hub.corpus.own_sides
         return Corpus(
@@ -223,15 +231,32 @@ def load_corpus(name_or_path: str, *, text_field: str = "text") -> Corpus:
     if not name_or_path or not sources.exists(path):
         problem = unknown("corpus", name_or_path.partition("[")[0], known_names())
         raise UnknownNameError(f"{problem}; and there is no file or folder of that name")
-    found = sources.scan(path, text_field)
+    found = sources.scan(path, text_field, encoding)
     return Corpus(
         # Names of files can be undecodable; the corpus's goes into JSON.
         name=os.fsencode(path.resolve().name or "root").decode("utf-8", "replace"),
         documents=found.documents,
         fingerprint=found.fingerprint,
         split_by="content" if found.has_records else "name",
-        skipped=found.skipped,
+        left_out=found.left_out,
     )
+
+
+def _check_name(name: str, encoding: str) -> None:
+    """A name's own encoding stays, and a file or folder that it hides is said."""
+    if check_encoding(encoding) != DEFAULT:
+        raise ConfigError(
+            f"encoding={encoding!r}: corpus {name!r} has its own; leave encoding out, or write "
+            f"./{name} for a file or folder of that name"
+        )
+    there = Path(name.partition("[")[0])
+    if there.exists():
+        kind = "folder" if there.is_dir() else "file"
+        warnings.warn(
+            f"corpus {name!r} is polyak's own of that name; for the {kind} {there} that lies here, "
+            f"write ./{there}",
+            stacklevel=1,
+        )
 
 
 def check_fraction(fraction: float) -> None:

@@ -10,13 +10,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from polyak.data.encodings import DEFAULT, decoding
 from polyak.errors import DataError
 
 _READ = 1 << 20
 
 
 class LongText:
-    """The characters start…stop−1 of a large UTF-8 file, read anew by every iteration.
+    """The characters start…stop−1 of a large text file, read anew by every iteration.
 
     Iterating yields strings that join to the text; memory holds about a megabyte of it.
 
@@ -24,10 +25,13 @@ class LongText:
         path: The file; a byte-order mark at its beginning is not part of the text.
         start: The first character.
         stop: The character after the last; None for all there are.
+        encoding: Of the file.
     """
 
-    def __init__(self, path: Path, start: int = 0, stop: int | None = None) -> None:
-        self.path, self.start, self.stop = path, start, stop
+    def __init__(
+        self, path: Path, start: int = 0, stop: int | None = None, encoding: str = DEFAULT
+    ) -> None:
+        self.path, self.start, self.stop, self.encoding = path, start, stop, encoding
 
     def __len__(self) -> int:
         """The number of characters; reads the file."""
@@ -38,7 +42,7 @@ class LongText:
 
     def __iter__(self) -> Iterator[str]:
         position = 0
-        for part in _decoded(self.path):
+        for part in _decoded(self.path, self.encoding):
             begin, end = position, position + len(part)
             position = end
             if end > self.start:
@@ -50,7 +54,8 @@ class LongText:
 
     def cut(self, position: int) -> tuple[LongText, LongText]:
         """The text before and from a character of the whole file on."""
-        return LongText(self.path, 0, position), LongText(self.path, position)
+        before = LongText(self.path, 0, position, self.encoding)
+        return before, LongText(self.path, position, None, self.encoding)
 
 
 Text = str | LongText
@@ -130,15 +135,14 @@ def fingerprint_of(kind: str, files: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def _decoded(path: Path) -> Iterator[str]:
-    # "-sig": a byte-order mark is about the encoding, not part of the text.
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+def _decoded(path: Path, encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(decoding(encoding))()
     try:
         with path.open("rb") as handle:
             while piece := handle.read(_READ):
                 yield decoder.decode(piece)
             yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as problem:
+    except UnicodeError as problem:
         raise DataError(f"{path} changed while it was being read: {problem}") from problem
     except OSError as problem:
         raise DataError(f"cannot read corpus {path}: {problem.strerror or problem}") from problem

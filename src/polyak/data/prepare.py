@@ -13,8 +13,8 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,9 @@ from polyak.data import journal
 from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
 from polyak.data.documents import open_reader
 from polyak.data.encode import Arrays, Chunk, Encoder, chunks
+from polyak.data.encodings import DEFAULT
 from polyak.data.hub import HubDocuments, HubError
+from polyak.data.left_out import in_words
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
 from polyak.data.tokenizer_names import TokenizerName, load_tokenizer, parse_name
 from polyak.data.tokenizers import BPETokenizer, Tokenizer
@@ -67,6 +69,8 @@ class Prepared:
     train: TokenFile
     validation: TokenFile
     test: TokenFile | None = None
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """Files that the corpus does without, by reason, as `LeftOut.record` has them."""
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +105,7 @@ def prepare(
     tokenizer: str = "bytes",
     *,
     text_field: str = "text",
+    encoding: str = DEFAULT,
     cache: Path | None = None,
     validation_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -122,6 +127,7 @@ def prepare(
         tokenizer: `bytes`, `gpt2`, `bpe-N` (trained on the training side, cached separately), or
             the path of a tokenizer, see `read_tokenizer`.
         text_field: The field with the text of JSONL, Parquet and hub records.
+        encoding: Of text files and JSON.
         cache: Where prepared corpora are kept; `default_cache()` if None.
         validation_fraction: Share of the documents held out, between 0 and 1; the corpus's own if
             None (0.05 of most). Only for corpora without a split of their own.
@@ -135,18 +141,25 @@ def prepare(
         HubError: a `DataError`; the hub cannot be reached. What is done is kept.
     """
     check_whole("workers", workers, optional=True)
-    plan = _plan(corpus, tokenizer, text_field, cache, validation_fraction, shard_tokens)
-    final = plan.final
+    plan = _plan(corpus, tokenizer, text_field, encoding, cache, validation_fraction, shard_tokens)
+    left_out, final = plan.corpus.left_out.record(), plan.final
+    say_left_out(plan.corpus.name, left_out)
     if final.exists():
         try:
-            return open_prepared(final)
+            return replace(open_prepared(final), left_out=left_out)
         except DataError as problem:
             warnings.warn(f"{problem}; preparing {plan.corpus.name!r} again", stacklevel=2)
             discard(final)
     with resumable(final) as folder:
         if folder is not None:
             _Preparation(plan, folder, workers, save_seconds, progress).run()
-    return open_prepared(final, verify=False)
+    return replace(open_prepared(final, verify=False), left_out=left_out)
+
+
+def say_left_out(name: str, left_out: Mapping[str, Any]) -> None:
+    """Warn of the files that a corpus does without, where there are any."""
+    if left_out:
+        warnings.warn(f"left out of corpus {name!r}: {in_words(left_out)}", stacklevel=1)
 
 
 def verify(
@@ -154,6 +167,7 @@ def verify(
     tokenizer: str = "bytes",
     *,
     text_field: str = "text",
+    encoding: str = DEFAULT,
     cache: Path | None = None,
     validation_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -163,7 +177,7 @@ def verify(
     Raises:
         DataError: it is not there, or it is damaged (the file is named).
     """
-    plan = _plan(corpus, tokenizer, text_field, cache, validation_fraction, shard_tokens)
+    plan = _plan(corpus, tokenizer, text_field, encoding, cache, validation_fraction, shard_tokens)
     if not plan.final.exists():
         partial = plan.final.with_name(f".partial-{plan.final.name}").is_dir()
         state = "only partly prepared" if partial else "not prepared"
@@ -199,7 +213,8 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
         }
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise DataError(f"{folder / 'manifest.json'} is not a manifest: {problem!r}") from problem
-    return Prepared(folder, manifest, tokenizer, **sides)
+    left_out = manifest["corpus"].get("skipped_files", {})
+    return Prepared(folder, manifest, tokenizer, **sides, left_out=left_out)
 
 
 class _Preparation:
@@ -313,8 +328,10 @@ class _Preparation:
         written: dict[str, Any],
     ) -> None:
         corpus, split = self.plan.corpus, splitter.describe()
-        skipped = dict(corpus.skipped) | ({"empty": self.empty} if self.empty else {})
+        skipped = corpus.left_out.counts | ({"empty": self.empty} if self.empty else {})
         about = {"name": corpus.name, "fingerprint": corpus.fingerprint, "skipped": skipped}
+        if corpus.left_out:
+            about["skipped_files"] = corpus.left_out.record()
         parts: list[object] = [corpus.fingerprint, tokenizer.fingerprint, split]
         if source is not None:
             about["hub"] = source.describe()
@@ -347,6 +364,7 @@ def _plan(
     corpus: str,
     tokenizer: str,
     text_field: str,
+    encoding: str,
     cache: Path | None,
     fraction: float | None,
     shard_tokens: int,
@@ -355,7 +373,7 @@ def _plan(
     name = parse_name(tokenizer)
     if fraction is not None:
         check_fraction(fraction)
-    loaded = load_corpus(corpus, text_field=text_field)
+    loaded = load_corpus(corpus, text_field=text_field, encoding=encoding)
     if fraction is not None and loaded.split_by == "own":
         raise ConfigError(
             f"validation_fraction={fraction!r}: corpus {corpus!r} has a split of its own; leave "

@@ -12,13 +12,13 @@ import os
 import platform
 import sysconfig
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from polyak.data.documents import Document, fingerprint_of
+from polyak.data.left_out import LeftOut
 from polyak.errors import DataError
 
 _LEFT_OUT_FOLDERS = frozenset(
@@ -58,20 +58,20 @@ class _Prose:
         return iter(self._parsed)
 
 
-def stdlib() -> tuple[_Sources, str, Mapping[str, int]]:
-    """(documents, fingerprint, skipped) of the standard library's `.py` files.
+def stdlib() -> tuple[_Sources, str, LeftOut]:
+    """(documents, fingerprint, files left out) of the standard library's `.py` files.
 
     Line ends are read as "\\n" on every platform.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    skipped: Counter[str] = Counter()
+    left_out = LeftOut()
     files, hashes = [], []
     for name, path in _list(root):
         content = _read(path)
         try:
             content.decode("utf-8")
         except UnicodeDecodeError:
-            skipped["not UTF-8"] += 1
+            left_out.add("not UTF-8", name)
             continue
         files.append((name, path))
         hashes.append((name, sha256(content).hexdigest()))
@@ -80,18 +80,18 @@ def stdlib() -> tuple[_Sources, str, Mapping[str, int]]:
             f"this Python has no standard-library sources in {root}; give the path of a text file "
             "or folder as the corpus instead"
         )
-    return _Sources(tuple(files)), fingerprint_of("stdlib", hashes), dict(skipped)
+    return _Sources(tuple(files)), fingerprint_of("stdlib", hashes), left_out
 
 
-def prose() -> tuple[_Prose, str, Mapping[str, int]]:
-    """(documents, fingerprint, skipped) of the library's docstrings and `help()` topics.
+def prose() -> tuple[_Prose, str, LeftOut]:
+    """(documents, fingerprint, files left out) of the library's docstrings and `help()` topics.
 
     The fingerprint is that of the sources and of the Python that parses them, so that reusing a
     prepared corpus needs no parsing.
     """
-    sources, fingerprint, skipped = stdlib()
+    sources, fingerprint, left_out = stdlib()
     version = platform.python_version()
-    return _Prose(sources), fingerprint_of("prose 1", [(version, fingerprint)]), skipped
+    return _Prose(sources), fingerprint_of("prose 1", [(version, fingerprint)]), left_out
 
 
 def _list(root: Path) -> Iterator[tuple[str, Path]]:

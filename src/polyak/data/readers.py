@@ -10,16 +10,19 @@ import gzip
 import importlib
 import json
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak.data.documents import Document, LongText
+from polyak.data.encodings import DEFAULT, decoding, holds_bytes
 from polyak.errors import DataError, MissingExtraError
 from polyak.files import each_once
 
 # Larger text files are never held in memory as a whole.
 LONG_FILE = 16 << 20
+# Records are held whole; a longer one is refused before it is.
+LONGEST_RECORD = 256 << 20
 _PARQUET_ROWS = 256
 LONG_NUMBER = 4300  # digits
 
@@ -31,64 +34,83 @@ class File(NamedTuple):
 
     name: str  # relative to the corpus, with "/"
     path: Path
-    kind: str  # "text", "jsonl" or "parquet"
+    kind: str  # "text", "jsonl", "json" or "parquet"
     sha256: str
 
 
-def read(file: File, text_field: str, skip: int = 0) -> Read:
+def read(file: File, text_field: str, skip: int = 0, encoding: str = DEFAULT) -> Read:
     """The documents of a file without the first `skip`; returns how many more are to be skipped.
 
     Raises:
         DataError: a record that is not JSON, has no text, or text that is not Unicode.
         OSError: the system refuses.
     """
-    return (yield from _READERS[file.kind](file, text_field, skip))
+    return (yield from _READERS[file.kind](file, text_field, skip, encoding))
 
 
-def _read_text(file: File, text_field: str, skip: int) -> Read:
+def _read_text(file: File, text_field: str, skip: int, encoding: str) -> Read:
     if skip:
         return skip - 1
     if file.path.stat().st_size > LONG_FILE:
-        yield Document(file.name, LongText(file.path))
+        yield Document(file.name, LongText(file.path, encoding=encoding))
         return 0
     try:
-        # "-sig": a byte-order mark is about the encoding, not part of the text.
-        yield Document(file.name, file.path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as problem:
+        yield Document(file.name, file.path.read_bytes().decode(decoding(encoding)))
+    except UnicodeError as problem:
         raise DataError(f"{file.path} changed while it was being read: {problem}") from problem
     return 0
 
 
-def _read_jsonl(file: File, text_field: str, skip: int) -> Read:
+def _read_jsonl(file: File, text_field: str, skip: int, encoding: str) -> Read:
     opener = gzip.open if file.path.name.lower().endswith(".gz") else open
+    if not holds_bytes(encoding):
+        raise DataError(f"{file.path}: JSON Lines cannot be in {encoding}; write it in UTF-8")
     try:
         with opener(file.path, "rb") as handle:
-            for number, line in enumerate(handle, start=1):
+            for number, line in enumerate(_lines(handle, file.path), start=1):
                 if not line.strip():
                     continue
                 if skip:
                     skip -= 1
                     continue
                 where = f"{file.path}, line {number}"
-                text = text_of(_record(line, where), text_field, where)
+                record = _record(json_of(line, where, encoding), where)
+                text = text_of(record, text_field, where)
                 yield Document(f"{file.name}:{number}", text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise DataError(f"{file.path} is not a whole gzip file: {problem}") from problem
     return skip
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
+def _lines(handle: Any, path: Path) -> Iterator[bytes]:
+    number = 0
+    while line := handle.readline(LONGEST_RECORD + 1):
+        number += 1
+        if len(line) > LONGEST_RECORD:
+            raise DataError(
+                f"{path}, line {number}: a record of more than {LONGEST_RECORD:,} bytes"
+            )
+        yield line
+
+
+def _record(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def json_of(content: bytes, where: str, encoding: str = DEFAULT) -> Any:
+    """The value of a record's JSON, or of a list of them; `DataError` naming the place."""
     try:
-        record = json.loads(
-            line.decode("utf-8-sig"), object_pairs_hook=each_once, parse_int=_whole_number
+        return json.loads(
+            content.decode(decoding(encoding)),
+            object_pairs_hook=each_once,
+            parse_int=_whole_number,
         )
     except RecursionError:
         raise DataError(f"{where}: not read: its lists and objects are nested too deep") from None
     except ValueError as problem:
         raise DataError(f"{where}: not JSON: {problem}") from problem
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    return record
 
 
 def _whole_number(digits: str) -> int:
@@ -96,7 +118,23 @@ def _whole_number(digits: str) -> int:
     return int(digits) if len(digits) <= LONG_NUMBER else 0
 
 
-def _read_parquet(file: File, text_field: str, skip: int) -> Read:
+def _read_json(file: File, text_field: str, skip: int, encoding: str) -> Read:
+    """A list of records."""
+    with file.path.open("rb") as handle:
+        content = handle.read(LONGEST_RECORD + 1)
+    if len(content) > LONGEST_RECORD:
+        raise DataError(
+            f"{file.path} has more than {LONGEST_RECORD:,} bytes, too many for a list of records "
+            "in one piece; write it as .jsonl, a record a line"
+        )
+    records = json_of(content, str(file.path), encoding)
+    for number, record in enumerate(records[skip:], start=skip + 1):
+        where = f"{file.path}, record {number}"
+        yield Document(f"{file.name}:{number}", text_of(_record(record, where), text_field, where))
+    return max(0, skip - len(records))
+
+
+def _read_parquet(file: File, text_field: str, skip: int, encoding: str) -> Read:
     arrow, parquet = pyarrow(file.path)
     try:
         with parquet.ParquetFile(file.path) as table:
@@ -161,4 +199,9 @@ def pyarrow(path: Path) -> tuple[Any, Any]:
         ) from problem
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+_READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
+}

@@ -31,6 +31,8 @@ class EvaluateConfig:
     what each run was trained on."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and hub records."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     split: Split = "validation"
     """The side of the corpora: `validation`, `train` or `test`."""
     tokens: int = 65_536
@@ -83,6 +85,8 @@ class ForgettingConfig:
     given."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and hub records."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     steps: int = 1000
     """Optimizer steps on the other corpus."""
     optimizer: Optimizer = "adamw"
@@ -153,7 +157,9 @@ class ForgettingConfig:
 
     def protocol(self) -> dict[str, Any]:
         """What makes two measurements the same experiment, for JSON."""
-        left_out = ("device", "out", "micro_batch_size")
+        left_out = ["device", "out", "micro_batch_size"]
+        if self.encoding == "utf-8":  # as before there was a choice
+            left_out.append("encoding")
         names = [f.name for f in dataclasses.fields(ForgettingConfig) if f.name not in left_out]
         return {name: getattr(self, name) for name in names}
 

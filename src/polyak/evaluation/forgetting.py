@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from polyak.data.prepare import Prepared
 from polyak.errors import DivergedError, RunError
 from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.losses import Losses, difference, require_causal, summary, token_losses
@@ -44,9 +45,13 @@ def experiment(subject: Subject, config: ForgettingConfig) -> dict[str, Any]:
     return {
         "protocol": config.protocol(),
         "weights": sha256_of(weights),
-        "onto": corpus_of(subject, config.onto, text_field=config.text_field).fingerprint,
+        "onto": _onto(subject, config.onto, config).fingerprint,
         "source": subject.settings.get("corpus", {}).get("fingerprint"),
     }
+
+
+def _onto(subject: Subject, onto: str, config: ForgettingConfig) -> Prepared:
+    return corpus_of(subject, onto, text_field=config.text_field, encoding=config.encoding)
 
 
 def forget(
@@ -80,7 +85,7 @@ def forget(
     model = subject.model
     if not isinstance(model, Transformer):
         raise RunError(f"{subject.name} is no run of polyak, so it cannot be trained on")
-    target = corpus_of(subject, onto, text_field=config.text_field)
+    target = _onto(subject, onto, config)
     recipe = config.training()
     run = RunConfig(model=model.config, training=recipe, corpus=onto, device=config.device)
     began = time.perf_counter()
@@ -96,6 +101,7 @@ def forget(
                     corpus,
                     tokens=config.eval_tokens,
                     text_field=config.text_field,
+                    encoding=config.encoding,
                 )
                 for corpus in (None, onto)
             )

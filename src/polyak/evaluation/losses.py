@@ -118,6 +118,7 @@ def token_losses(
     stride: int | None = None,
     split: str = "validation",
     text_field: str = "text",
+    encoding: str = "utf-8",
     tick: Tick | None = None,
 ) -> Losses:
     """The loss of each token of evenly spaced blocks of a corpus.
@@ -129,6 +130,7 @@ def token_losses(
         stride: S, see above; T when left out.
         split: the side of the corpus.
         text_field: the field with the text of records.
+        encoding: of text files and JSON.
         tick: called with the number of tokens scored, batch by batch.
 
     Raises:
@@ -148,7 +150,7 @@ def token_losses(
         raise ConfigError(
             f"tokens={tokens} is less than one block of {subject.name}; use at least {length}"
         )
-    prepared = corpus_of(subject, corpus, text_field=text_field)
+    prepared = corpus_of(subject, corpus, text_field=text_field, encoding=encoding)
     side = side_of(prepared, split)
     blocks = ValidationBatches(side, length, BATCH, tokens)
     starts = blocks.starts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.data.batches import ValidationBatches
-from polyak.data.prepare import Prepared, open_prepared, prepare
+from polyak.data.prepare import Prepared, open_prepared, prepare, say_left_out
 from polyak.data.shards import TokenFile
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, DataError, PolyakError, RunError, unknown
@@ -139,6 +139,7 @@ def token_set(
     length: int | None = None,
     split: str = "validation",
     text_field: str = "text",
+    encoding: str = "utf-8",
 ) -> TokenSet:
     """Blocks of a corpus, cut as every validation set of polyak is; nothing about them is random.
 
@@ -150,6 +151,7 @@ def token_set(
         length: T; the model's context when left out.
         split: `train`, `validation` or `test`.
         text_field: the field with the text of JSONL, Parquet and hub records.
+        encoding: of text files and JSON.
 
     Raises:
         ConfigError: `tokens` is less than one block, or `length` longer than the context.
@@ -165,7 +167,7 @@ def token_set(
         raise ConfigError(
             f"tokens={tokens} is less than one block of {length} tokens; use at least {length}"
         )
-    prepared = corpus_of(subject, corpus, text_field=text_field)
+    prepared = corpus_of(subject, corpus, text_field=text_field, encoding=encoding)
     blocks = ValidationBatches(side_of(prepared, split), length, BATCH, tokens)
     return TokenSet(
         ids=torch.from_numpy(np.concatenate(list(blocks))),
@@ -176,7 +178,13 @@ def token_set(
     )
 
 
-def corpus_of(subject: Subject, corpus: str | None = None, *, text_field: str = "text") -> Prepared:
+def corpus_of(
+    subject: Subject,
+    corpus: str | None = None,
+    *,
+    text_field: str = "text",
+    encoding: str = "utf-8",
+) -> Prepared:
     """A corpus in the subject's tokens, prepared if it is not yet.
 
     Args:
@@ -184,6 +192,7 @@ def corpus_of(subject: Subject, corpus: str | None = None, *, text_field: str = 
         corpus: a name, a path to text, or a folder that `polyak prepare` wrote; None: the corpus
             that the run was trained on, which must not have changed.
         text_field: see `prepare`; the run's own corpus has its own.
+        encoding: as text_field.
 
     Raises:
         DataError: the corpus is missing or empty, or was prepared with another tokenizer.
@@ -199,10 +208,11 @@ def corpus_of(subject: Subject, corpus: str | None = None, *, text_field: str = 
                 f"{subject.name} was trained with {subject.tokenizer.name!r}, which is another; "
                 f"prepare it with --tokenizer {subject.folder / 'model'}"
             )
+        say_left_out(corpus_name(prepared), prepared.left_out)
         return prepared
     bytewise = subject.tokenizer.fingerprint == ByteTokenizer.fingerprint
     tokenizer = ByteTokenizer.name if bytewise else str(subject.folder / "model")
-    return prepare(corpus, tokenizer, text_field=text_field)
+    return prepare(corpus, tokenizer, text_field=text_field, encoding=encoding)
 
 
 def _own_corpus(subject: Subject) -> Prepared:
@@ -212,7 +222,12 @@ def _own_corpus(subject: Subject) -> Prepared:
             f"{subject.folder} does not say which corpus it was trained on; name "
             "one with --corpus (--corpora in polyak evaluate)"
         )
-    prepared = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
+    prepared = prepare(
+        config.corpus,
+        config.tokenizer,
+        text_field=config.text_field,
+        encoding=config.encoding,
+    )
     if prepared.fingerprint != recorded.get("fingerprint"):
         raise RunError(
             f"corpus {config.corpus!r} is not what {subject.name} was trained on: its fingerprint "

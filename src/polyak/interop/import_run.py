@@ -55,6 +55,7 @@ def import_run(
     num_heads: int | None = None,
     corpus: str | None = None,
     text_field: str = "text",
+    encoding: str = "utf-8",
     tokens: int = 32_768,
 ) -> tuple[Found, float | None]:
     """Import a model into a new run folder.
@@ -67,6 +68,7 @@ def import_run(
         num_heads: of a released checkpoint, where it is not d/64.
         corpus: text to measure the loss on.
         text_field: field with the text in JSONL and Parquet.
+        encoding: of text files and JSON.
         tokens: validation tokens to measure on.
 
     Returns:
@@ -97,7 +99,8 @@ def import_run(
         raise ConfigError(f"tokenizer {found.tokenizer!r} would be trained anew; give its folder")
     loaded = named.load()
     _check_vocabulary(found.model, loaded)
-    loss, config, settings = None, None, {"imported": dict(found.about), "rule_source": None}
+    loss, config, left_out = None, None, None
+    settings = {"imported": dict(found.about), "rule_source": None}
     if corpus is not None:
         training = TrainingConfig(eval_tokens=max(tokens, found.model.config.context_length))
         config = RunConfig(
@@ -105,11 +108,13 @@ def import_run(
             training=training,
             corpus=corpus,
             text_field=text_field,
+            encoding=encoding,
             tokenizer=found.tokenizer,
         )
-        data = prepare(corpus, found.tokenizer, text_field=text_field)
+        data = prepare(corpus, found.tokenizer, text_field=text_field, encoding=encoding)
         loss, measured = _measure(found.model, config, data)
         settings |= measured
+        left_out = data.left_out
     write_run(
         out,
         found.model,
@@ -117,6 +122,7 @@ def import_run(
         settings=settings,
         config=config,
         result={"steps": found.steps, "loss": found.loss if loss is None else loss},
+        left_out=left_out,
     )
     return found, loss
 

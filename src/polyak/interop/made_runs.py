@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def write_run(
     settings: dict[str, Any],
     config: RunConfig | None,
     result: dict[str, Any],
+    left_out: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a finished run: `run.json`, `model/`, and `result.json` last.
 
@@ -45,6 +47,7 @@ def write_run(
             model and tokenizer are added.
         config: what further work on it takes its corpus from; None where that is unknown.
         result: content of `result.json`; `steps` and `loss` are None where unknown.
+        left_out: files that the corpus does without that its loss was measured on.
 
     Raises:
         RunError: the folder holds a run, is in use, or cannot be written.
@@ -58,6 +61,6 @@ def write_run(
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         }
         run = RunFolder(folder)
-        run.begin(described, config)
+        run.begin(described, config, left_out)
         save_model(model, tokenizer, folder / "model", World())
         write_json(run.result_file, {"steps": None, "loss": None, **result})

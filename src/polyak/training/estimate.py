@@ -255,7 +255,9 @@ def _check_corpus(config: RunConfig) -> None:
                 "smaller context"
             )
         return
-    found = load_corpus(name, text_field=config.text_field)  # or says which names there are
+    found = load_corpus(
+        name, text_field=config.text_field, encoding=config.encoding
+    )  # or says which names there are
     if "train" in found.empty_sides:
         raise ConfigError(
             f"corpus {name!r} is for evaluation and has no training side; train on another"

@@ -143,7 +143,12 @@ def train(
             stack.enter_context(locked(folder, "polyak run"))
         world.barrier()
         with world.main_first():  # prepares the corpus; the others find it made
-            data = prepare(config.corpus, config.tokenizer, text_field=config.text_field)
+            data = prepare(
+                config.corpus,
+                config.tokenizer,
+                text_field=config.text_field,
+                encoding=config.encoding,
+            )
         validation = validation_set(config, data)
         settings = run_settings(config, data, validation)
         changes = run.check(settings, CHANGEABLE if resume else ())
@@ -216,7 +221,7 @@ class _Session:
                 )
             world.barrier()
             if world.main:
-                run.begin(settings, self.config)
+                run.begin(settings, self.config, self.data.left_out)
         else:
             world.barrier()
             self._restore(found)

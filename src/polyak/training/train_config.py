@@ -32,6 +32,8 @@ class TrainOptions:
     """Corpus name, or path to text files, a folder, JSONL or Parquet. Default: the recipe's."""
     text_field: str | None = None
     """Field that holds the text in JSONL and Parquet. Default: the recipe's, or `text`."""
+    encoding: str | None = None
+    """Encoding of text files and JSON, such as `latin-1`. Default: the recipe's, or `utf-8`."""
     tokenizer: str | None = None
     """`bytes`, `bpe-N`, `gpt2`, or a tokenizer's folder. Default: the recipe's."""
     init: Path | None = None
@@ -93,6 +95,9 @@ def resolve(options: TrainOptions) -> RunConfig:
     return recipes.build(recipes.layered(base, given))
 
 
+_TEXT = ("corpus", "text_field", "encoding")
+
+
 def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) -> recipes.Settings:
     """A recipe's settings with the model, tokenizer and corpus of the run that it starts from."""
     from polyak.training.runs.folder import read_model_config
@@ -102,7 +107,7 @@ def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) ->
     base |= {key: value for key, value in model.items() if key.startswith("model.")}
     recorded = formats.read(folder / "run.json", "run").get("config")
     if isinstance(recorded, dict) and not keep_corpus:
-        base |= {key: recorded[key] for key in ("corpus", "text_field") if key in recorded}
+        base |= {key: recorded[key] for key in _TEXT if key in recorded}
     kind = formats.read(folder / "model" / "polyak_tokenizer.json", "tokenizer").get("kind")
     base["tokenizer"] = "bytes" if kind == "bytes" else str(folder / "model")
     return base | {"init": str(folder)}
@@ -128,7 +133,7 @@ def _given(options: TrainOptions) -> recipes.Settings:
             put(f"model.{field}", recipes.from_text(f"model.{field}", text), "--rule")
         for name, value in found.options.items():
             put(f"{recipes.FREE}{name}", value, "--rule")
-    for key in ("corpus", "text_field", "tokenizer", "device", "parallel"):
+    for key in ("corpus", "text_field", "encoding", "tokenizer", "device", "parallel"):
         if getattr(options, key) is not None:
             put(key, getattr(options, key), f"--{key.replace('_', '-')}")
     for key in ("steps", "seed"):

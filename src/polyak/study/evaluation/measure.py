@@ -122,6 +122,7 @@ class _Evaluation:
             stride=max(1, length // 2) if config.sliding_window else config.stride,
             split=config.split,
             text_field=config.text_field,
+            encoding=config.encoding,
             tick=tick,
         )
 
@@ -133,6 +134,7 @@ class _Evaluation:
             tokens=self.config.tokens,
             split=self.config.split,
             text_field=self.config.text_field,
+            encoding=self.config.encoding,
         )
         sequences = 0
 

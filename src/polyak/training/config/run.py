@@ -33,6 +33,8 @@ class RunConfig:
     Parquet."""
     text_field: str = "text"
     """Field that holds the text in JSONL and Parquet."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON, such as `latin-1`."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe-N` trained on the corpus with N tokens, `gpt2`, or the path of a tokenizer."""
     init: str | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +62,19 @@ class RunFolder:
         """`checkpoints/`."""
         return self.path / "checkpoints"
 
-    def begin(self, settings: dict[str, Any], config: RunConfig | None) -> None:
+    def begin(
+        self,
+        settings: dict[str, Any],
+        config: RunConfig | None,
+        left_out: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start the run afresh: write `run.json`, clear what an unfinished attempt left.
 
         Args:
             settings: what makes the run the run it is.
             config: what it was started with, to go on with later from anywhere; None for a model
                 that was trained elsewhere.
+            left_out: files that its corpus does without, see `Prepared.left_out`.
 
         Raises:
             RunError: the folder cannot be written.
@@ -82,6 +88,8 @@ class RunFolder:
             "environment": environment(),
             "resumed": [],
         }
+        if left_out:
+            content["skipped_files"] = dict(left_out)
         write_json(self.settings_file, content)
 
     def go_on(
