@@ -63,7 +63,11 @@ def test_tinystories_own_keeps_the_split_of_the_dataset(hub: Path, cache: Path) 
     for side in ("train", "validation"):
         assert _texts(prepared, side) == hub_copies.STORIES[side]
     assert prepared.test is None
-    assert prepared.manifest["split"] == {"by": "own", "rule": "the corpus's own split"}
+    assert prepared.manifest["split"] == {
+        "version": 1,
+        "by": "own",
+        "rule": "the corpus's own split",
+    }
     found = prepared.manifest["corpus"]["hub"]
     assert found["repository"] == "roneneldan/TinyStories"
     assert len(found["revision"]) == 64

@@ -15,6 +15,7 @@ import tyro
 
 from polyak.checks import check_whole
 from polyak.cli._options import parse
+from polyak.data.split import NEAR, SPLIT, check_split, said
 from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class PrepareConfig:
     """Encoding of text files and JSON, such as `latin-1`."""
     validation_fraction: float | None = None
     """Share of the documents held out; None: the corpus's own (0.05 of most)."""
+    near_duplicates: float = NEAR
+    """Of a held-out document, the share of its 200-byte windows that may occur in training; with
+    more in common it is left out. Not looked for in corpora of the hub."""
+    split: int = SPLIT
+    """Version of the rule that holds documents out, as in `polyak train`."""
     workers: int | None = None
     """Processes that encode; None: one per core, if the corpus is worth it."""
     shard_tokens: int | None = None
@@ -74,6 +80,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         for name in ("workers", "shard_tokens", "rounds"):
             check_whole(name, getattr(self, name), optional=True)
+        check_split(self.split, self.near_duplicates)
         if self.verify and self.bench:
             raise ConfigError("--verify and --bench exclude each other; give one of them")
         if self.out is not None and not self.bench:
@@ -90,6 +97,8 @@ def main(words: Sequence[str]) -> int:
         "encoding": config.encoding,
         "cache": config.cache,
         "validation_fraction": config.validation_fraction,
+        "split": config.split,
+        "near_duplicates": config.near_duplicates,
         "shard_tokens": config.shard_tokens or SHARD_TOKENS,
     }
     with _one_line_warnings():
@@ -131,6 +140,8 @@ def _print(prepared: Prepared, note: str) -> None:
         print(f"{name:<12} {counts}")
     if skipped := manifest["corpus"]["skipped"]:
         print(f"left out     {', '.join(f'{count} {why}' for why, count in skipped.items())}")
+    if shared := said(manifest["split"]):
+        print(f"held out     {shared}")
     print(f"speed        {note}" if "MB/s" in note else f"state        {note}")
     print(f"fingerprint  {prepared.fingerprint}")
     print(f"folder       {prepared.folder}")

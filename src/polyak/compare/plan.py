@@ -20,6 +20,7 @@ from polyak.compare.pool import Job
 from polyak.data.batches import TrainBatches
 from polyak.data.encode import available_cores
 from polyak.data.prepare import Prepared, prepare
+from polyak.data.split import said
 from polyak.errors import ConfigError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
@@ -157,7 +158,7 @@ def make_plan(config: CompareConfig) -> Plan:
     if config.sweep is not None:
         parse_sweep(config.sweep)
     device = device_of(config.device)
-    data = prepare(base.corpus, base.tokenizer, text_field=base.text_field, encoding=base.encoding)
+    data = prepare(base.corpus, base.tokenizer, **base.reading)
     if base.model.vocab_size != data.tokenizer.vocab_size and not any(
         assignment.startswith("model.vocab_size") for assignment in config.set
     ):
@@ -232,6 +233,8 @@ def corpus_summary(plan: Plan) -> dict[str, object]:
         "tokenizer": data.tokenizer.name,
         "tokenizer_fingerprint": data.tokenizer.fingerprint,
         "vocab_size": data.tokenizer.vocab_size,
+        "split": data.manifest["split"].get("version", 1),
+        "text_on_both_sides": said(data.manifest["split"]),
         "train_tokens": len(data.train),
         "validation_tokens": validation.tokens,
         "validation_bytes": validation.bytes,

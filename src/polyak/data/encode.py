@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak.checks import check_whole
-from polyak.data.corpora import Splitter
 from polyak.data.documents import Reader
+from polyak.data.split import Splitter
 from polyak.data.tokenizers import ByteTokenizer, Tokenizer, utf8
 from polyak.errors import DataError
 

@@ -24,13 +24,14 @@ import numpy as np
 from polyak import formats
 from polyak.checks import check_whole
 from polyak.data import journal
-from polyak.data.corpora import Corpus, Splitter, check_fraction, load_corpus
+from polyak.data.corpora import Corpus, load_corpus
 from polyak.data.documents import open_reader
 from polyak.data.encode import Arrays, Chunk, Encoder, chunks
 from polyak.data.encodings import DEFAULT
 from polyak.data.hub import HubDocuments, HubError
 from polyak.data.left_out import in_words
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
+from polyak.data.split import NEAR, SPLIT, Splitter, check_fraction, check_split
 from polyak.data.tokenizer_names import TokenizerName, load_tokenizer, parse_name
 from polyak.data.tokenizers import BPETokenizer, Tokenizer
 from polyak.data.workspace import building, default_cache, discard, resumable
@@ -85,6 +86,8 @@ class _Plan:
     corpus: Corpus
     tokenizer: TokenizerName
     fraction: float
+    split: int
+    near: float
     shard_tokens: int
     cache: Path
     made: Tokenizer | None  # a tokenizer read from a path is known from the beginning
@@ -95,6 +98,7 @@ class _Plan:
         key = _key(
             *("prepared", 1, self.corpus.fingerprint, chosen, self.fraction),
             *(self.shard_tokens, self.tokenizer.library),
+            *(() if self.split == 1 else ("split", self.split, self.near)),
         )
         shown = self.tokenizer.name if self.made is None else self.made.name
         return self.cache / "prepared" / f"{_slug(self.corpus.name)}-{_slug(shown)}-{key}"
@@ -108,6 +112,8 @@ def prepare(
     encoding: str = DEFAULT,
     cache: Path | None = None,
     validation_fraction: float | None = None,
+    split: int = SPLIT,
+    near_duplicates: float = NEAR,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     save_seconds: float = SAVE_SECONDS,
@@ -131,6 +137,9 @@ def prepare(
         cache: Where prepared corpora are kept; `default_cache()` if None.
         validation_fraction: Share of the documents held out, between 0 and 1; the corpus's own if
             None (0.05 of most). Only for corpora without a split of their own.
+        split: Version of the split, see `polyak.data.split`.
+        near_duplicates: Share of a held-out document's 200-byte windows that may occur on the
+            training side; it is left out otherwise. Not looked for in corpora of the hub.
         shard_tokens: Tokens in a shard at most.
         workers: Processes that encode; 1: only this one; None: one per core, if it is worth it.
         save_seconds: What is done is flushed and recorded so often: as much is lost in a kill.
@@ -141,7 +150,17 @@ def prepare(
         HubError: a `DataError`; the hub cannot be reached. What is done is kept.
     """
     check_whole("workers", workers, optional=True)
-    plan = _plan(corpus, tokenizer, text_field, encoding, cache, validation_fraction, shard_tokens)
+    plan = _plan(
+        corpus,
+        tokenizer,
+        text_field,
+        encoding,
+        cache,
+        validation_fraction,
+        split,
+        near_duplicates,
+        shard_tokens,
+    )
     left_out, final = plan.corpus.left_out.record(), plan.final
     say_left_out(plan.corpus.name, left_out)
     if final.exists():
@@ -170,6 +189,8 @@ def verify(
     encoding: str = DEFAULT,
     cache: Path | None = None,
     validation_fraction: float | None = None,
+    split: int = SPLIT,
+    near_duplicates: float = NEAR,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Prepared:
     """The prepared form of a corpus in the cache, every shard checked by its hash; never made.
@@ -177,7 +198,17 @@ def verify(
     Raises:
         DataError: it is not there, or it is damaged (the file is named).
     """
-    plan = _plan(corpus, tokenizer, text_field, encoding, cache, validation_fraction, shard_tokens)
+    plan = _plan(
+        corpus,
+        tokenizer,
+        text_field,
+        encoding,
+        cache,
+        validation_fraction,
+        split,
+        near_duplicates,
+        shard_tokens,
+    )
     if not plan.final.exists():
         partial = plan.final.with_name(f".partial-{plan.final.name}").is_dir()
         state = "only partly prepared" if partial else "not prepared"
@@ -247,10 +278,10 @@ class _Preparation:
             raise
 
     def _run(self) -> None:
-        corpus, fraction = self.plan.corpus, self.plan.fraction
+        plan, corpus = self.plan, self.plan.corpus
         source = corpus.documents if isinstance(corpus.documents, HubDocuments) else None
         revision = None if source is None else source.connect()
-        splitter = corpus.splitter(fraction)
+        splitter = corpus.splitter(plan.fraction, version=plan.split, near=plan.near)
         tokenizer = _tokenizer(self.plan, splitter)
         heading = {"polyak preparation": 1, "tokenizer": tokenizer.fingerprint, "of": revision}
         log = journal.Journal(self.folder, heading)
@@ -347,7 +378,7 @@ class _Preparation:
                 "end_of_text": tokenizer.end_of_text,
             },
             "dtype": tokenizer.dtype.str,
-            "split": split,
+            "split": {"version": splitter.version, **split},
             **written,
         }
         write_json(self.folder / "manifest.json", manifest, error=DataError)
@@ -367,8 +398,11 @@ def _plan(
     encoding: str,
     cache: Path | None,
     fraction: float | None,
+    split: int,
+    near: float,
     shard_tokens: int,
 ) -> _Plan:
+    check_split(split, near)
     check_whole("shard_tokens", shard_tokens)
     name = parse_name(tokenizer)
     if fraction is not None:
@@ -389,6 +423,8 @@ def _plan(
         corpus=loaded,
         tokenizer=name,
         fraction=loaded.fraction if fraction is None else fraction,
+        split=1 if loaded.near is None else split,  # the same for corpora of the hub
+        near=near,
         shard_tokens=shard_tokens,
         cache=default_cache() if cache is None else cache,
         made=None if name.path is None else name.load(),
@@ -401,7 +437,7 @@ def _tokenizer(plan: _Plan, splitter: Splitter) -> Tokenizer:
     size, corpus = plan.tokenizer.size, plan.corpus
     if size is None:
         return plan.tokenizer.load()
-    side = corpus.side_fingerprint(splitter.fraction, "train")
+    side = corpus.side_fingerprint(splitter, "train")
     key = _key("tokenizer", 1, side, size, plan.tokenizer.library)
     final = plan.cache / "tokenizers" / f"{_slug(corpus.name)}-bpe-{size}-{key}"
     if final.exists():
@@ -410,7 +446,7 @@ def _tokenizer(plan: _Plan, splitter: Splitter) -> Tokenizer:
         except DataError as problem:
             warnings.warn(f"{problem}; training it again", stacklevel=5)
             discard(final)
-    train, _ = corpus.split(splitter.fraction)
+    train, _ = corpus.sides_of(splitter)
     tokenizer = BPETokenizer.train((document.text for document in train.documents), size)
     with building(final) as folder:
         tokenizer.save(folder)

@@ -212,7 +212,8 @@ def corpus_of(
         return prepared
     bytewise = subject.tokenizer.fingerprint == ByteTokenizer.fingerprint
     tokenizer = ByteTokenizer.name if bytewise else str(subject.folder / "model")
-    return prepare(corpus, tokenizer, text_field=text_field, encoding=encoding)
+    reading = {} if subject.config is None else subject.config.reading  # the run's own split
+    return prepare(corpus, tokenizer, **{**reading, "text_field": text_field, "encoding": encoding})
 
 
 def _own_corpus(subject: Subject) -> Prepared:
@@ -222,12 +223,7 @@ def _own_corpus(subject: Subject) -> Prepared:
             f"{subject.folder} does not say which corpus it was trained on; name "
             "one with --corpus (--corpora in polyak evaluate)"
         )
-    prepared = prepare(
-        config.corpus,
-        config.tokenizer,
-        text_field=config.text_field,
-        encoding=config.encoding,
-    )
+    prepared = prepare(config.corpus, config.tokenizer, **config.reading)
     if prepared.fingerprint != recorded.get("fingerprint"):
         raise RunError(
             f"corpus {config.corpus!r} is not what {subject.name} was trained on: its fingerprint "

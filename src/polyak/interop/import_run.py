@@ -111,7 +111,7 @@ def import_run(
             encoding=encoding,
             tokenizer=found.tokenizer,
         )
-        data = prepare(corpus, found.tokenizer, text_field=text_field, encoding=encoding)
+        data = prepare(corpus, found.tokenizer, **config.reading)
         loss, measured = _measure(found.model, config, data)
         settings |= measured
         left_out = data.left_out

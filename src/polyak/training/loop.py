@@ -79,7 +79,15 @@ def run_settings(
     return {
         "model": config.model.to_dict(),
         "training": config.training.to_dict(),
-        "corpus": {"name": data.manifest["corpus"]["name"], "fingerprint": data.fingerprint},
+        "corpus": {
+            "name": data.manifest["corpus"]["name"],
+            "fingerprint": data.fingerprint,
+            **(
+                {"split": version}
+                if (version := data.manifest["split"].get("version", 1)) > 1
+                else {}
+            ),
+        },
         "tokenizer": {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint},
         "validation": {
             "fingerprint": validation.fingerprint,
@@ -143,12 +151,7 @@ def train(
             stack.enter_context(locked(folder, "polyak run"))
         world.barrier()
         with world.main_first():  # prepares the corpus; the others find it made
-            data = prepare(
-                config.corpus,
-                config.tokenizer,
-                text_field=config.text_field,
-                encoding=config.encoding,
-            )
+            data = prepare(config.corpus, config.tokenizer, **config.reading)
         validation = validation_set(config, data)
         settings = run_settings(config, data, validation)
         changes = run.check(settings, CHANGEABLE if resume else ())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from polyak.checks import check_whole
+from polyak.data.split import NEAR, SPLIT, check_split
 from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
@@ -37,6 +38,12 @@ class RunConfig:
     """Encoding of text files and JSON, such as `latin-1`."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe-N` trained on the corpus with N tokens, `gpt2`, or the path of a tokenizer."""
+    split: int = SPLIT
+    """Version of the rule that holds documents out: 1 looks at names (of files) or contents alone;
+    2 keeps equal texts on one side. A run keeps the one it was made with."""
+    near_duplicates: float = NEAR
+    """Of a held-out document, the share of its 200-byte windows that may occur in training; with
+    more in common it is left out. Not looked for in corpora of the hub."""
     init: str | None = None
     """A finished run whose weights training starts from; None: weights are drawn."""
     device: Device = "auto"
@@ -58,6 +65,17 @@ class RunConfig:
             if tracker not in TRACKERS:
                 raise unknown("tracker", str(tracker), TRACKERS)
         check_whole("threads", self.threads, optional=True)
+        check_split(self.split, self.near_duplicates)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the corpus is read: arguments of `polyak.data.prepare.prepare`."""
+        return {
+            "text_field": self.text_field,
+            "encoding": self.encoding,
+            "split": self.split,
+            "near_duplicates": self.near_duplicates,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -77,6 +95,7 @@ class RunConfig:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
         check_keys(cls, values, "run setting")
+        values = {"split": 1, **values}  # older runs do not say
         for name in ("model", "training"):
             if not isinstance(values.get(name), Mapping):
                 raise ConfigError(f"{name}={values.get(name)!r} must be the settings of the {name}")
