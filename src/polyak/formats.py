@@ -19,15 +19,26 @@ Content = dict[str, Any]
 Upgrade = Callable[[Content], Content]
 """From the content of one format to that of the next; `format` itself is set by the caller."""
 
+
+def _first_split(part: str, field: str) -> Upgrade:
+    """Files that do not say their version of the split (`polyak.data.split`) are of the first."""
+
+    def upgrade(content: Content) -> Content:
+        found = content.get(part)
+        return {**content, part: {field: 1, **found}} if isinstance(found, Mapping) else content
+
+    return upgrade
+
+
 UPGRADES: dict[str, Sequence[Upgrade]] = {
-    "run": (),  # run.json; it speaks for the whole run folder
+    "run": (_first_split("config", "split"),),  # run.json; it speaks for the whole run folder
     "checkpoint": (),  # checkpoints/step-NNNNNN/manifest.json
-    "prepared": (),  # manifest.json of a prepared corpus
+    "prepared": (_first_split("split", "version"),),  # manifest.json of a prepared corpus
     "tokenizer": (),  # polyak_tokenizer.json
     "part": (),  # one measurement of a study, or of `polyak forgetting`
     # results.json, by its `kind`
     "bench": (),
-    "comparison": (),
+    "comparison": (_first_split("corpus", "split"),),
     "downstream": (),
     "evaluation": (),
     "forgetting": (),

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyak import formats
 from polyak.data.batches import TrainBatches, ValidationBatches
 from polyak.data.corpora import load_corpus
 from polyak.data.documents import Document
@@ -194,12 +195,12 @@ def test_a_damaged_shard_is_named_and_made_again(texts: Path, cache: Path) -> No
 def test_a_damaged_manifest_is_one_clear_line(texts: Path, cache: Path) -> None:
     folder = prepare(str(texts), cache=cache).folder
     path = folder / "manifest.json"
-    good = path.read_text()
+    good, current = path.read_text(), formats.current("prepared")
     for content, message in [
         ("{", "not valid JSON"),
         ("[]", "is not a manifest"),
         ('{"format": 1}', "is not a manifest"),
-        ('{"format": 99}', "has format 99, this polyak reads up to 1; upgrade polyak"),
+        ('{"format": 99}', f"has format 99, this polyak reads up to {current}; upgrade polyak"),
         (good.replace(ByteTokenizer().fingerprint, "0"), "is not the one of its manifest"),
     ]:
         path.write_text(content)

@@ -15,7 +15,6 @@ from polyak.data.prepare import prepare
 from polyak.data.split import said, score
 from polyak.data.windows import WINDOW, Shared, hashes
 from polyak.errors import ConfigError, DataError
-from polyak.training.config.run import RunConfig
 
 WORDS = ["river", "stone", "lamp", "cloud", "bread", "window"]
 
@@ -183,13 +182,6 @@ def test_the_first_version_of_the_split_is_what_it_was(tmp_path: Path) -> None:
     new = prepare(str(texts), cache=tmp_path / "cache")
     assert new.fingerprint != old.fingerprint
     assert (old.manifest["split"]["version"], new.manifest["split"]["version"]) == (1, 2)
-
-
-def test_a_run_that_does_not_say_its_split_was_made_with_the_first() -> None:
-    kept = RunConfig().to_dict()
-    assert RunConfig.from_dict(kept).split == 2
-    del kept["split"], kept["near_duplicates"]
-    assert RunConfig.from_dict(kept).split == 1
 
 
 # The corpora that come with Python

@@ -13,7 +13,7 @@ from tiny_runs import polyak
 
 from polyak import formats, load_run
 from polyak.compare.page import write_report
-from polyak.data.prepare import open_prepared
+from polyak.data.prepare import open_prepared, prepare
 from polyak.errors import DataError, PolyakError, RunError
 from polyak.training.runs.folder import RunFolder
 
@@ -69,6 +69,26 @@ def test_its_run_is_evaluated_on_the_tokens_that_it_was_validated_on(kept: Path)
     ended = json.loads((kept / "run/result.json").read_text())
     loss = found["runs"][0]["corpora"][0]["loss"]["value"]
     assert loss == pytest.approx(ended["loss"], rel=1e-5)
+
+
+@each_release
+def test_its_run_keeps_its_split_also_where_the_whole_line_is_repeated(kept: Path) -> None:
+    recorded = RunFolder(kept / "run").recorded()
+    assert recorded["config"]["split"] == 1
+    data = prepare(str(kept / "texts.jsonl"), cache=kept / "cache", split=1)
+    assert data.fingerprint == recorded["settings"]["corpus"]["fingerprint"]
+    settings = (
+        *("model.num_layers=1", "model.num_heads=2", "model.d_model=8", "model.context_length=16"),
+        *("training.batch_size=4", "training.eval_tokens=128", "threads=1"),
+        *("training.checkpoint_every=4", "training.eval_every=2", "training.keep_checkpoints=2"),
+    )
+    line = ["train", "--rule", "triple_momentum[stream_start=zeros]", "--corpus", "texts.jsonl"]
+    line += [word for setting in settings for word in ("--set", setting)]
+    line += ["--device", "cpu", "--steps", "8", "--out", "run", "--resume"]
+    done(kept, *line)
+    refused = polyak(*line, "--set", "split=2", cwd=kept, cache=kept / "cache")
+    assert refused.returncode == 1
+    assert "split" in refused.stderr
 
 
 @each_release

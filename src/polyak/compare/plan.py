@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polyak import formats
 from polyak.compare.config import (
     FULL_RULES,
     FULL_STEPS,
@@ -20,7 +21,7 @@ from polyak.compare.pool import Job
 from polyak.data.batches import TrainBatches
 from polyak.data.encode import available_cores
 from polyak.data.prepare import Prepared, prepare
-from polyak.data.split import said
+from polyak.data.split import SPLIT, said
 from polyak.errors import ConfigError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
@@ -198,9 +199,19 @@ def _base(config: CompareConfig) -> RunConfig:
         encoding=config.encoding,
         tokenizer=config.tokenizer,
         device=config.device,
+        split=_split_of(config.out),
     )
     steps = config.steps or (QUICK_STEPS if config.quick else FULL_STEPS)
     return override(replace_at(base, "training.steps", steps), config.set)
+
+
+def _split_of(out: Path) -> int:
+    """The version of the split: of the comparison that is there, or today's."""
+    file = out / "results.json"
+    if not file.exists():
+        return SPLIT
+    corpus = formats.read_results(file, "comparison")["corpus"]
+    return int(corpus["split"])
 
 
 def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]:

@@ -89,6 +89,8 @@ def resolve(options: TrainOptions) -> RunConfig:
         recipes.build(base, prefix)  # its own mistakes are its own
         if options.init is not None:
             base = _started_from(options.init, base, keep_corpus=options.recipe is not None)
+    if options.resume:  # a run keeps its split, whatever is today's
+        base = {"split": _recorded(options.out)["split"], **base}
     given = _given(options)
     if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
         base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}

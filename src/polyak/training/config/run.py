@@ -95,7 +95,6 @@ class RunConfig:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
         check_keys(cls, values, "run setting")
-        values = {"split": 1, **values}  # older runs do not say
         for name in ("model", "training"):
             if not isinstance(values.get(name), Mapping):
                 raise ConfigError(f"{name}={values.get(name)!r} must be the settings of the {name}")
