@@ -244,6 +244,27 @@ def test_a_run_begins_goes_on_and_is_not_overwritten(corpus: Path, tmp_path: Pat
     assert "model.rule: 'nesterov' there, 'adam' now" in error
 
 
+def test_paths_are_as_a_shell_has_them(tmp_path: Path, corpus: Path) -> None:
+    home = {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+
+    def run(*words: object) -> tuple[int, str]:
+        done = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache", **home)
+        return done.returncode, done.stderr
+
+    line = ["train", "--corpus", corpus, "--steps", 1, "--device", "cpu", *SETTINGS]
+    assert run(*line, "--out=~/runs/a") == (0, "")
+    assert (tmp_path / "home/runs/a/result.json").exists()
+    assert not (tmp_path / "~").exists()
+    for given in ([*line, "--out", ""], [*line, "--out="], ["prepare", corpus, "--cache", " "]):
+        code, error = run(*given)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "a path is empty (an unset variable?)" in error
+    code, error = run("evaluate", "")
+    assert (code, error.count("\n")) == (2, 1)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == []
+
+
 def test_the_line_that_began_a_run_goes_on_with_it(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         '\ufeffbase = "quick"\r\n[training]\r\nmuon_lr = 0.01\r\nsteps = 4\r\n', encoding="utf-8"

@@ -86,3 +86,37 @@ def test_quantities_have_three_digits(value: Any, text: str) -> None:
 def test_memory_is_in_binary_units() -> None:
     assert memory(412 * 2**20) == "412 MiB"
     assert memory(3 * 2**30 / 2) == "1.50 GiB"
+
+
+@pytest.mark.parametrize("names", [list(FAMILY), LONG])
+@pytest.mark.parametrize("width", [40, 60])
+def test_no_number_is_cut_where_the_terminal_is_narrow(names: list[str], width: int) -> None:
+    results = complete(made_up(names, sd=0.02))
+    wide, narrow = table_text(results, 300), table_text(results, width)
+    assert max(map(len, narrow.splitlines())) <= width
+    assert "…" not in narrow
+    numbers = re.findall(r"[−\d][\d.,]*[kMGT%]?", wide.split(" at equal tokens")[0])
+    assert len(numbers) > 10
+    missing = [number for number in numbers if number not in narrow.split()]
+    assert [m for m in missing if m not in re.sub(r"[^−\d.,kMGT%]", " ", narrow).split()] == []
+
+
+def test_a_sweep_shows_what_was_tried_and_chosen_and_the_edge_of_the_grid() -> None:
+    results = complete(made_up(["gradient_descent", "adam"], sd=0.02))
+    for entry, chosen in zip(results["entries"], (0.03, None), strict=True):
+        entry["sweep"] = {
+            "field": "training.adam_lr",
+            "values": [1e-06, 0.01, 0.03],
+            "losses": [5.1, 4.25, None] if chosen is None else [5.1, 4.25, 4.125],
+            "chosen": chosen,
+            "seeds": [1000, 1001],
+            "at_edge": chosen is not None,
+        }
+    lines = table_text(results).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("training.adam_lr: "))
+    assert "2 seeds of their own" in lines[start]
+    rows = [line.split() for line in lines[start : start + 8]]
+    assert ["1e-06", "0.01", "0.03", "chosen"] in rows
+    edge = ["at", "the", "edge", "of", "the", "grid"]
+    assert ["gradient_descent", "5.1000", "4.2500", "4.1250", "0.03", *edge] in rows
+    assert ["adam", "5.1000", "4.2500", "–", "none", "works"] in rows

@@ -382,6 +382,15 @@ def test_the_text_field_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert len({load_corpus(str(path), text_field=f).fingerprint for f in ("text", "title")}) == 2
 
 
+def test_a_number_too_long_for_python_is_no_matter_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine", "key": ' + "7" * 10_000 + "}\n" + '{"text": "too"}\n')
+    assert [document.text for document in load_corpus(str(path)).documents] == ["fine", "too"]
+    path.write_text('{"text": ' + "7" * 10_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: field 'text' must be text, found int"):
+        list(load_corpus(str(path)).documents)
+
+
 def test_records_are_the_same_from_jsonl_gzip_and_parquet(tmp_path: Path) -> None:
     texts = [f"naïve {number} 数\n\u2028\x85 x" for number in range(700)]
     plain = _write_jsonl(tmp_path / "a.jsonl", texts, "body")
@@ -408,6 +417,12 @@ CUT_SHORT = gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[
          r"'text'; its fields are: body, id"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"line 1: not JSON: 'text' stands twice"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "b", "meta": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n",
+            r"a\.jsonl, line 2: not read: its lists and objects are nested too deep",
+        ),
         ("a.jsonl", b'["text"]\n', r"line 1: expected a JSON object, found list"),
         ("a.jsonl", b'{"text": null}\n', r"line 1: field 'text' must be text, found null"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1: field 'text' must be text, found int"),

@@ -233,8 +233,11 @@ def test_unknown_tasks_and_folders_are_one_line(tasks: Path, tmp_path: Path) -> 
     assert "\n" not in str(error.value)
 
 
-def test_a_data_set_out_of_reach_is_one_line(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["told to stay offline", "no answer"])
+def test_a_data_set_out_of_reach_is_one_line(run: Path, tmp_path: Path, way: str) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    if way == "no answer":  # asked once: six tries would be told on standard error
+        offline |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     words = ("evaluate", run, "--tasks", "hellaswag,arc_easy", "--out", tmp_path / "out")
     found = polyak(*words, cwd=tmp_path, cache=tmp_path, **offline)
     assert found.returncode == 1

@@ -23,7 +23,7 @@ class SharpnessConfig:
     """
 
     corpus: str | None = None
-    """A corpus's name, a path to text, or a folder of `polyak prepare`; None: each run's own."""
+    """A corpus's name, a path to text, or a folder of `polyak prepare`; default: each run's own."""
     tokens: int = 2048
     """Validation tokens that define the loss, in evenly spaced blocks of the model's context."""
     top_k: int = 5

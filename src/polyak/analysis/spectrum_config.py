@@ -22,9 +22,9 @@ class SpectrumConfig:
     """
 
     corpus: str | None = None
-    """A corpus's name, a path to text, or a folder of `polyak prepare`; None: each run's own."""
+    """A corpus's name, a path to text, or a folder of `polyak prepare`; default: each run's own."""
     length: int | None = None
-    """Tokens of a sequence; None: the model's context."""
+    """Tokens of a sequence; default: the model's context."""
     sequences: int = 1
     """Sequences, evenly spaced over the validation side; each has spectra of its own."""
     parts: str = "a,b,c,d"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shutil
 import sys
 import textwrap
+import typing
 from collections.abc import Sequence
-from typing import Any, TextIO, TypeVar, cast
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar, cast
 
 Config = TypeVar("Config")
 COLOR = r"\x1b\[[0-9;]*m"
@@ -37,11 +40,16 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
         narrow = cast(TextIO, _Narrow(sys.stdout))
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(narrow):
             return tyro.cli(
-                kind,
+                _without_none(kind),
                 prog=f"polyak {command}",
                 description=description,
                 args=list(words),
-                config=(tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff),
+                config=(
+                    tyro.conf.UseAppendAction,
+                    tyro.conf.FlagCreatePairsOff,
+                    tyro.conf.DisallowNone,
+                ),
+                registry=_paths(),
             )
     except SystemExit as stop:
         if stop.code not in (0, None):
@@ -51,6 +59,53 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def _without_none(kind: type[Config]) -> type[Config]:
+    """The same configuration; its help says no `(default: None)`, as the texts say what is so."""
+    import tyro
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = dataclasses.fields(cast(Any, kind))
+    optional = [f.name for f in fields if f.default is None]
+    quiet = tyro.conf.arg(help_behavior_hint="")
+    told = {
+        name: hints[name] if hasattr(hints[name], "__metadata__") else Annotated[hints[name], quiet]
+        for name in optional
+    }
+    body = {"__annotations__": told, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    made = type(kind.__name__, (kind,), {**body, **dict.fromkeys(told)})
+    return dataclasses.dataclass(frozen=True, kw_only=True)(made)
+
+
+def _paths() -> Any:
+    """Paths as a shell would have them: `--out=~/x` is in the home, and `--out ""` is a mistake."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> Any:
+        if info.type is not Path and set(typing.get_args(info.type)) != {Path, type(None)}:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: _path(given[0]),
+            is_instance=lambda value: value is None or isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("a path is empty (an unset variable?); write one, or . for this folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as problem:  # ~somebody who does not exist
+        raise ValueError(f"{text}: {problem}") from problem
 
 
 class _Narrow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from polyak.training.config.run import RunConfig
     from polyak.training.train_config import TrainOptions
 
+WIDE = 66
+"""Columns of a line with a number to the right."""
+
 OVERHEAD = 1.35
 """Resident memory against the estimate, at the most that was measured (docs/recipes.md)."""
 
@@ -45,7 +49,8 @@ def print_plan(config: RunConfig, options: TrainOptions, console: Console) -> No
         config, tokens_per_second=options.tokens_per_second, processes=processes, cuda=cuda
     )
     for line in (*configuration(config), "", *costs(found, config, processes)):
-        console.print(line, soft_wrap=True)
+        narrow = console.width < WIDE  # no number is broken at the terminal's edge
+        console.print(re.sub(r"(?<=\S) {2,}", ": ", line) if narrow else line, soft_wrap=True)
     if cuda and not cuda_here:
         console.print("torch sees no CUDA device here: the memory is not compared with one.")
         return

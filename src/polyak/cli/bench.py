@@ -57,7 +57,7 @@ class BenchConfig:
     new_tokens: int = 256
     """Tokens that generation makes."""
     threads: int | None = None
-    """CPU threads; None: torch's own choice."""
+    """CPU threads; default: torch's own choice."""
     gpt2: Annotated[
         bool,
         tyro.conf.arg(
@@ -220,10 +220,6 @@ def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
+    from polyak.report.tables import house_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
-    return table
+    return house_table("", *columns)

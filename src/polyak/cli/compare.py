@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.cli._options import parse
 from polyak.compare.config import CompareConfig
+from polyak.words import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,11 +97,7 @@ class TerminalDisplay:
             soft_wrap=False,
         )
         there = f", {finished} of them finished already" if finished else ""
-        minutes = max(1, round(seconds / 60))
-        self.console.print(
-            f"{runs} runs{there}, {plan.jobs} at a time: about {minutes} "
-            f"minute{'s' if minutes > 1 else ''}."
-        )
+        self.console.print(f"{runs} runs{there}, {plan.jobs} at a time: about {duration(seconds)}.")
         self.console.print(f"Folder: {plan.config.out}", soft_wrap=True)
         if runs > finished:
             self._bar, self._task = self._start(runs - finished, "training")

@@ -56,18 +56,18 @@ class PrepareConfig:
     encoding: str = "utf-8"
     """Encoding of text files and JSON, such as `latin-1`."""
     validation_fraction: float | None = None
-    """Share of the documents held out; None: the corpus's own (0.05 of most)."""
+    """Share of the documents held out; default: the corpus's own (0.05 of most)."""
     near_duplicates: float = NEAR
     """Of a held-out document, the share of its 200-byte windows that may occur in training; with
     more in common it is left out. Not looked for in corpora of the hub."""
     split: int = SPLIT
     """Version of the rule that holds documents out, as in `polyak train`."""
     workers: int | None = None
-    """Processes that encode; None: one per core, if the corpus is worth it."""
+    """Processes that encode; default: one per core, if the corpus is worth it."""
     shard_tokens: int | None = None
-    """Tokens in a shard at most; None: 67,108,864."""
+    """Tokens in a shard at most; default: 67,108,864."""
     cache: Path | None = None
-    """Where prepared corpora are kept; None: $POLYAK_CACHE or ~/.cache/polyak."""
+    """Where prepared corpora are kept; default: $POLYAK_CACHE or ~/.cache/polyak."""
     verify: bool = False
     """Only check what is there: every shard against its SHA-256."""
     bench: bool = False
@@ -199,12 +199,11 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _bench(config: PrepareConfig) -> int:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from polyak.bench import data as bench
     from polyak.files import make_folder, write_json
+    from polyak.report.tables import house_table
 
     console = Console(highlight=False)
     found = bench.compare(
@@ -216,9 +215,7 @@ def _bench(config: PrepareConfig) -> int:
         workers=config.workers,
         rounds=config.rounds,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(("", "MB/s", "low–high", "speed")):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    table = house_table("", "", "MB/s", "low–high", "speed")
     for row in found["ways"]:
         speed = row["megabytes_per_second"]
         table.add_row(

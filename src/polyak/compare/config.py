@@ -58,7 +58,7 @@ class CompareConfig:
     sweep_seeds: int = 1
     """Seeds per swept value: 1000, 1001, … never those of the comparison."""
     jobs: int | None = None
-    """Runs side by side, one thread each; None: one per core (one in all on CUDA)."""
+    """Runs side by side, one thread each; default: one per core (one in all on CUDA)."""
     device: Device = "auto"
     """`cpu`, `cuda` or `auto`."""
     set: tuple[str, ...] = ()

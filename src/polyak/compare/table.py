@@ -15,9 +15,11 @@ from polyak.words import (
     difference_text,
     folded,
     interval_text,
+    loss,
     loss_places,
     mean_and_sd,
     memory,
+    plural,
 )
 
 WORDS = {"better": "below", "worse": "above", "unresolved": "unclear"}
@@ -66,11 +68,34 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
             memory(entry.get("peak_memory_bytes")),
         )
     parts: list[RenderableType] = [losses, costs]
+    if any(entry.get("sweep") for entry in results["entries"]):
+        parts.append(_rates(results))
     verdict = results.get("verdict")
     if verdict:
         parts.append(Text(verdict["sentence"]))
         parts += [Text(f"  {line}") for line in verdict["details"]]
     return Group(*parts)
+
+
+def _rates(results: Mapping[str, Any]) -> RenderableType:
+    """What a sweep tried, and the rate that each entry was given."""
+    swept = next(entry["sweep"] for entry in results["entries"] if entry.get("sweep"))
+    seeds = plural(len(swept["seeds"]), "seed")
+    heading = f"{swept['field']}: last validation loss of each value, {seeds} of their own"
+    values = [f"{value:g}" for value in swept["values"]]
+    table = house_table(heading, "", *values, "chosen", "")
+    for entry in results["entries"]:
+        found = entry.get("sweep")
+        if not found:  # its sweep is still to come
+            continue
+        chosen = found["chosen"]
+        table.add_row(
+            Text(folded(entry["name"])),
+            *(loss(value) for value in found["losses"]),
+            "none works" if chosen is None else f"{chosen:g}",
+            "at the edge of the grid" if found["at_edge"] else "",
+        )
+    return table
 
 
 def table_text(results: Mapping[str, Any], width: int = 80) -> str:

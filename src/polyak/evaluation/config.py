@@ -39,7 +39,7 @@ class EvaluateConfig:
     """Tokens that are scored on each corpus at most, in evenly spaced blocks."""
     stride: int | None = None
     """Slide the window by so many tokens: each token is scored once, with at least T − stride
-    tokens before it. None: blocks of T tokens, each begun without context."""
+    tokens before it. Default: blocks of T tokens, each begun without context."""
     sliding_window: bool = False
     """The same with a stride of half the context."""
     per_position: bool = False
@@ -102,9 +102,9 @@ class ForgettingConfig:
     batch_size: int = 8
     """Sequences per step; 480 as published."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; None: the whole batch."""
+    """Sequences per forward pass; default: the whole batch."""
     eval_every: int | None = None
-    """Steps between validations on both corpora; None: a tenth of the steps."""
+    """Steps between validations on both corpora; default: a tenth of the steps."""
     eval_tokens: int = 32_768
     """Tokens that both losses are measured on at most."""
     seed: int = 0

@@ -15,6 +15,7 @@ from polyak.evaluation.subjects import Subject
 PAPER_SHOTS = {"hellaswag": 10, "arc_easy": 25}
 """Examples before the question, as in arXiv:2605.24425; other tasks have their own number."""
 _BOOTSTRAP = 1000  # draws, for standard errors that have no formula
+_PATIENCE = 5.0  # seconds for the hub's first answer
 
 
 class Tasks:
@@ -66,6 +67,7 @@ class Tasks:
                     f"unknown task {name!r}{nearest(name, known)} (lm-evaluation-harness has "
                     f"{len(known)} tasks{where}; `lm_eval ls tasks` lists its own)"
                 )
+        _without_retries_offline()
         for name in names:
             self._load(name)  # a data set that cannot be had ends it before anything is measured
 
@@ -120,6 +122,21 @@ class Tasks:
                 "the hub's cache has it, or describe a local task in YAML and name its folder "
                 "with --task-folder"
             ) from problem
+
+
+def _without_retries_offline() -> None:
+    """Ask the hub once; where it does not answer, its cache is read, and nothing is tried again.
+
+    `datasets` itself tries every file six times, which takes a minute and a half.
+    """
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # no network, a wrong proxy, or already told to stay offline
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
 
 
 def _metrics(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -16,8 +17,33 @@ class _Headed(Table):
     heading = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.heading, style="table.title")
-        yield from super().__rich_console__(console, options)
+        if self.heading:
+            yield Text(self.heading, style="table.title")
+        if self.__rich_measure__(console, options.update(max_width=10_000)).maximum > (
+            options.max_width
+        ):
+            yield from self._stacked()
+        else:
+            yield from super().__rich_console__(console, options)
+
+    def _stacked(self) -> Iterator[Text]:
+        """Row below row, a line for each cell: no number is cut where there is no room."""
+        first, *rest = self.columns
+        headers = [_words(column.header) for column in rest]
+        for place, name in enumerate(first.cells):
+            yield Text(_words(name, joined=""))
+            for header, column in zip(headers, rest, strict=True):
+                cell = _words(list(column.cells)[place])
+                if cell:
+                    yield Text(f"  {header}: {cell}" if header else f"  {cell}")
+        if self.caption:
+            yield Text(str(self.caption))
+
+
+def _words(cell: RenderableType, joined: str = " ") -> str:
+    """A cell in one line."""
+    text = cell.plain if isinstance(cell, Text) else str(cell)
+    return joined.join(text.split("\n"))
 
 
 def house_table(title: str, *columns: str) -> Table:

@@ -47,9 +47,9 @@ class LandscapeConfig:
     spectrum_runs: Which = "first"
     """Jacobian spectra of the `first` run of each kind (the others are repetitions), or `all`."""
     spectrum_length: int | None = None
-    """Tokens of the sequence that the Jacobians are taken on; None: the model's context."""
+    """Tokens of the sequence that the Jacobians are taken on; default: the model's context."""
     baseline: str | None = None
-    """The kind of model that differences are from; None: gradient descent if there, else the
+    """The kind of model that differences are from; default: gradient descent if there, else the
     first."""
     seed: int = 0
     """Of every random vector and of the order of batches."""
