@@ -68,6 +68,17 @@ def test_bench_times_models_every_kernel_and_the_loss(tmp_path: Path, capsys: St
     assert "GPT2LMHeadModel" in names or "GPT2" not in capsys.readouterr().out
 
 
+def test_bench_times_attention_beside_softmax(tmp_path: Path, capsys: Streams) -> None:
+    size = ["--num-heads", "2", "--d-model", "8", "--context-length", "40", "--batch-size", "1"]
+    words = ["bench", "--what", "attention", *size, "--rounds", "1", "--threads", "1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["attention"]
+    shown = capsys.readouterr().out
+    assert rows[0]["name"] == "softmax"
+    assert all(row["name"] in shown for row in rows)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_bench_times_generation_beside_gpt2(tmp_path: Path, capsys: Streams) -> None:
     size = ["--num-layers", "1", "--num-heads", "2", "--d-model", "8", "--new-tokens", "5"]
     same = ["bench", "--what", "generate", *size, "--rounds", "2", "--threads", "1"]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Time forward + backward of every rule's model, of every numerical kernel in its
 fast and its reference form, and of ways to compute the loss of a large
-vocabulary, interleaved, in float32; or generation of text. Let nothing else run
-meanwhile.
+vocabulary, interleaved, in float32; or generation of text; or linear attention,
+with and without momentum, beside softmax. Let nothing else run meanwhile.
 
 examples:
   polyak bench
@@ -28,16 +28,18 @@ examples:
   polyak bench --what ops --out runs/bench
   polyak bench --what loss --vocab-size 50304
   polyak bench --what generate --num-layers 4 --num-heads 4 --d-model 128 \\
-    --context-length 1024"""
+    --context-length 1024
+  polyak bench --what attention --num-heads 4 --d-model 128 \\
+    --context-length 4096 --batch-size 4"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """What is timed, at which size and how often."""
 
-    what: Literal["all", "models", "ops", "loss", "generate"] = "all"
+    what: Literal["all", "models", "ops", "loss", "generate", "attention"] = "all"
     """Models, ops (numerical kernels), the loss from features to gradients, or all of these; or
-    generate: text, one row at a time."""
+    generate: text, one row at a time; or attention: linear and momentum attention by chunks."""
     rules: str | None = None
     """Rules separated by commas, the first is what others are relative to; default: all."""
     rounds: int = 7
@@ -79,6 +81,7 @@ def main(words: Sequence[str]) -> int:
     config = parse(BenchConfig, "bench", words, DESCRIPTION)
     from rich.console import Console
 
+    from polyak.bench.attention import attentions
     from polyak.bench.generation import generation
     from polyak.bench.loss import losses
     from polyak.bench.models import Shape, default_rules, models
@@ -113,12 +116,15 @@ def main(words: Sequence[str]) -> int:
         work = "forward + backward" if config.what != "generate" else "generation"
         batch = "" if config.what == "generate" else f"batch {config.batch_size}, "
         loads = ", ".join(f"{value:.2f}" for value in results["load_before"] or ()) or "unknown"
+        size = f"{plural(config.num_heads, 'head')}, d={config.d_model}, T={config.context_length}"
+        if config.what == "attention":
+            size += f", batch {config.batch_size}"
+        else:
+            layers = plural(config.num_layers, "layer")
+            size = f"{layers}, {size}, {batch}vocabulary {config.vocab_size}"
         console.print(
-            f"{work}, float32, {plural(count, 'thread')}, "
-            f"{plural(config.rounds, 'round')}, "
-            f"{plural(config.num_layers, 'layer')}, {plural(config.num_heads, 'head')}, "
-            f"d={config.d_model}, T={config.context_length}, {batch}"
-            f"vocabulary {config.vocab_size}; load {loads}"
+            f"{work}, float32, {plural(count, 'thread')}, {plural(config.rounds, 'round')}, "
+            f"{size}; load {loads}"
         )
         if config.what in ("all", "models"):
             results["models"] = models(shape, names, config.rounds, gpt2=config.gpt2)
@@ -138,6 +144,15 @@ def main(words: Sequence[str]) -> int:
                 shape, names, config.rounds, config.new_tokens, gpt2=config.gpt2
             )
             console.print(_generate_table(results["generate"], config.new_tokens))
+        if config.what == "attention":
+            results["attention"] = attentions(
+                config.batch_size,
+                config.context_length,
+                config.num_heads,
+                config.d_model // config.num_heads,
+                config.rounds,
+            )
+            console.print(_attention_table(results["attention"]))
     results["load_after"] = load()
     if config.out is not None:
         write_json(make_folder(config.out) / "results.json", results)
@@ -215,6 +230,28 @@ def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
             f"{1e3 * row['seconds_early']['median']:.2f}" if late else "–",
             f"{1e3 * row['seconds_late']['median']:.2f}" if late else "–",
             f"{late['median']:.2f}" if late else "–",
+        )
+    return table
+
+
+def _attention_table(rows: Sequence[dict[str, Any]]) -> Table:
+    from rich.text import Text
+
+    table = _table("", "chunk", "ms", "speed", "low–high", "MB", "peak")
+    table.caption = (
+        "attention of given queries, keys and values, with gradients; speed and peak memory "
+        "relative to softmax (torch's scaled_dot_product_attention)"
+    )
+    for row in rows:
+        ratio = row["speed_up"]
+        table.add_row(
+            Text(row["name"]),  # brackets are no markup
+            str(row["chunk_size"] or "–"),
+            f"{1e3 * row['seconds']['median']:.1f}",
+            f"{ratio['median']:.2f}",
+            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['relative_peak']:.2f}",
         )
     return table
 
