@@ -162,6 +162,20 @@ def fail(results: dict[str, Any], entry: str, seed: int, at: int = 8) -> dict[st
     return results
 
 
+def grid(results: dict[str, Any]) -> dict[str, Any]:
+    """The same with a sweep of two fields."""
+    for entry in results["entries"]:
+        loss = entry["sweep"]["losses"]
+        entry["sweep"] |= {
+            "field": "training.muon_lr, training.adam_lr",
+            "values": [[a, b] for a in (0.01, 0.02) for b in (0.001, 0.003)],
+            "losses": [loss[0], loss[1], None, loss[2]],
+            "chosen": [0.01, 0.003],
+            "at_edge": True,
+        }
+    return results
+
+
 def _sweep(loss: float, rng: np.random.Generator) -> dict[str, Any]:
     values = [0.01, 0.02, 0.04]
     losses = [loss + 0.02, loss + 0.001 * float(rng.normal()), loss + 0.05]

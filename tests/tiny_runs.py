@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ SETTINGS = [
     for word in ("--set", f"{room}.{name}={value}")
 ]
 """The same sizes as words of a command line."""
+
+
+def settings_beside(more: Sequence[object]) -> list[str]:
+    """`SETTINGS` without those that `more` sets."""
+    keys = {str(word).partition("=")[0] for word in more}
+    pairs = zip(SETTINGS[::2], SETTINGS[1::2], strict=True)
+    return [word for pair in pairs if pair[1].partition("=")[0] not in keys for word in pair]
 
 
 def write_corpus(folder: Path, lines: int = 400) -> Path:
@@ -112,7 +120,7 @@ def words(rules: str, out: Path, *more: object, seeds: int = 2, steps: int = 8) 
     return [
         *("compare", "--rules", rules, "--corpus", "corpus.txt", "--out", str(out)),
         *("--seeds", str(seeds), "--steps", str(steps), "--device", "cpu"),
-        *SETTINGS,
+        *settings_beside(more),
         *map(str, more),
     ]
 

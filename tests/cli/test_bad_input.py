@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mounts import mounted
-from tiny_runs import SETTINGS, polyak
+from tiny_runs import SETTINGS, polyak, settings_beside
 
 from polyak.cli.main import main
 
@@ -43,7 +43,7 @@ def refused(corpus: Path, tmp_path: Path, capsys: Streams) -> Callable[..., None
 
     def compare(says: str, *words: object) -> None:
         given = [str(word) for word in words]
-        base = ["compare", *SETTINGS, "--out", str(out)]
+        base = ["compare", *settings_beside(given), "--out", str(out)]
         base += [] if "--corpus" in given else ["--corpus", str(corpus)]
         base += [] if "--steps" in given else ["--steps", "2"]
         check(*run([*base, *given], capsys), says)
@@ -111,6 +111,15 @@ RULES = "gradient_descent,triple_momentum"
         ("at least two different values", ["--sweep", "training.muon_lr=0.1,0.10"]),
         ("must be a number", ["--sweep", "training.muon_lr=a,b"]),
         ("muon_lr=-0.1 must be a number", ["--sweep", "training.muon_lr=-0.1,0.1"]),
+        (
+            "muon_lr is swept twice",
+            ["--sweep=training.muon_lr=1,2", "--sweep=training.muon_lr=3,4"],
+        ),
+        (
+            "muon_lr is set for all by --set",
+            ["--set", "training.muon_lr=1", "--sweep", "training.muon_lr=3,4"],
+        ),
+        ("model.num_layers is set twice", ["--set", "model.num_layers=1"] * 2),
         ("needs something to match", ["--match", "params", "--rules", "adam"]),
         ("put a smaller entry first", ["--match", "params", "--rules", "adam,gradient_descent"]),
     ],
@@ -290,3 +299,66 @@ def test_a_process_answers_as_the_function_does(
 def test_debug_shows_where(capsys: Streams) -> None:
     with pytest.raises(ValueError, match="nestrov"):
         main(["rules", "--rules", "nestrov", "--debug"])
+
+
+# Options given twice, and folders that hold something else
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--steps", ["train", "--steps", "3", "--steps=4"]),
+        ("--out", ["compare", "--out", "a", "--set", "model.num_layers=1", "--out", "a"]),
+        ("--quick", ["compare", "--quick", "--quick"]),
+        ("--text-field", ["prepare", "x", "--text-field", "a", "--text_field", "b"]),
+        ("--top-p", ["generate", "run", "--top-p", "0.5", "--top-p", "0.9"]),
+        ("--corpus", ["sharpness", "run", "--rho", "1", "--rho", "2", "--corpus=a", "--corpus=b"]),
+    ],
+)
+def test_an_option_given_twice_is_one_line(
+    option: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    said = f"polyak {words[0]}: {option} is given twice; leave one out\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "--quick"],
+        ["generate", "run", "--prompt", "a"],
+        ["bench"],
+        ["prepare", "stdlib", "--bench"],
+        ["evaluate", "run"],
+        ["report", "run"],
+        ["sharpness", "run"],
+        ["spectrum", "run"],
+        ["forgetting", "run", "--onto", "prose"],
+        ["study", "landscape", "run"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_command_writes_over_what_another_found(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "releases" / "0.1.0", tmp_path / "kept")
+    monkeypatch.chdir(tmp_path / "kept")
+    out = tmp_path / "measured"
+    out.mkdir()
+    for name, content, says in (
+        ("results.json", '{"kind": "dynamics", "format": 1}', "holds the results of another"),
+        ("report.html", "a page of my own", "holds a report.html of something else"),
+    ):
+        (out / name).write_text(content)
+        assert main([*words, "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert says in error, error
+        assert error.count("\n") == 1
+        assert [(f.name, f.read_text()) for f in out.iterdir()] == [(name, content)]
+        (out / name).unlink()

@@ -21,12 +21,14 @@ from polyak.cli._options import parse
 from polyak.cli.main import main
 from polyak.compare import speed
 from polyak.compare.config import CompareConfig
-from polyak.compare.plan import Plan, make_plan, parse_sweep
+from polyak.compare.plan import Plan, make_plan
 from polyak.compare.run import command_of, compare
+from polyak.compare.sweep import parse_grid, parse_sweep
 from polyak.data.batches import TrainBatches
 from polyak.data.prepare import prepare
-from polyak.errors import PolyakError
+from polyak.errors import ConfigError, PolyakError
 from polyak.nn.cost import cost
+from polyak.training.config.run import RunConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals and locks")
 
@@ -257,6 +259,38 @@ def test_a_sweep_is_sorted_and_checked() -> None:
         "training.muon_lr",
         (0.01, 0.02, 0.04),
     )
+
+
+def test_two_sweeps_are_their_grid() -> None:
+    grid = parse_grid(["training.muon_lr=0.02,0.01", "training.adam_lr=0.1,0.3,0.2"])
+    assert grid.label == "training.muon_lr, training.adam_lr"
+    assert grid.points == [
+        *[(0.01, 0.1), (0.01, 0.2), (0.01, 0.3)],
+        *[(0.02, 0.1), (0.02, 0.2), (0.02, 0.3)],
+    ]
+    assert grid.shown((0.01, 0.2)) == [0.01, 0.2]
+    assert grid.at_edge((0.01, 0.2))  # the smallest of the first field
+    wide = parse_grid(["training.muon_lr=1,2,3", "training.adam_lr=1,2,3"])
+    assert [point for point in wide.points if not wide.at_edge(point)] == [(2.0, 2.0)]
+    training = grid.at(RunConfig(), (0.02, 0.3)).training
+    assert (training.muon_lr, training.adam_lr) == (0.02, 0.3)
+    with pytest.raises(ConfigError, match="muon_lr is swept twice; give its values in one"):
+        parse_grid(["training.muon_lr=1,2", "training.muon_lr=3,4"])
+
+
+def test_a_grid_has_a_run_for_each_point_and_each_entry_gets_its_own(place: Path) -> None:
+    sweep = ("training.muon_lr=0.1,0.2", "training.adam_lr=0.1,0.2")
+    plan = plan_of(place, "gradient_descent,adam", sweep=sweep)
+    steps = plan.steps({})
+    jobs = plan.sweep_jobs(steps)
+    tried = {(j.config.training.muon_lr, j.config.training.adam_lr) for _, j in jobs}
+    assert len(jobs) == 8
+    assert tried == {(0.1, 0.1), (0.1, 0.2), (0.2, 0.1), (0.2, 0.2)}
+    assert len({job.folder for _, job in jobs}) == 8
+    runs = plan.run_jobs(steps, {"gradient_descent": (0.1, 0.2), "adam": (0.2, 0.1)})
+    rates = {(j.entry, j.config.training.muon_lr, j.config.training.adam_lr) for j in runs}
+    assert rates == {("gradient_descent", 0.1, 0.2), ("adam", 0.2, 0.1)}
+    assert shlex.split(command_of(plan.config)).count("--sweep") == 2
 
 
 def plan_of(place: Path, rules: str, **fields: Any) -> Plan:

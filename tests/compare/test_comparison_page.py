@@ -14,7 +14,7 @@ from polyak.compare.page import render, write_picture, write_report
 from polyak.errors import PolyakError
 from polyak.report.svg import PALETTE
 from polyak.statistics.verdict import complete
-from tests.made_up_results import fail, made_up
+from tests.made_up_results import fail, grid, made_up
 from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
 PAIR = ["gradient_descent", "triple_momentum"]
@@ -52,6 +52,7 @@ def only_failures() -> dict[str, Any]:
 
 CASES = {
     "family": lambda: complete(made_up(sweep=True)),
+    "grid": lambda: complete(grid(made_up(sweep=True))),
     "quick": lambda: complete(made_up(PAIR)),
     "one seed": lambda: complete(made_up(PAIR, 1)),
     "partial": partial,
@@ -90,6 +91,14 @@ def test_the_page_has_all_that_a_rerun_needs_and_what_failed() -> None:
         "training.muon_lr",
     ):
         assert needed in text, needed
+
+
+def test_a_grid_shows_every_point_and_the_one_chosen() -> None:
+    text = rendered("grid")
+    for shown in ("training.muon_lr, training.adam_lr", "0.01, 0.003", "0.02, 0.001", "failed"):
+        assert shown in Page(text).text, shown
+    assert "training.muon_lr, at the best training.adam_lr" in text
+    assert text.count("<td><strong>") == len(CASES["grid"]()["entries"])
 
 
 def test_names_and_messages_are_escaped() -> None:

@@ -32,6 +32,9 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
     """
     import tyro
 
+    if (twice := _given_twice(kind, words)) is not None:
+        print(f"polyak {command}: {twice} is given twice; leave one out", file=sys.stderr)
+        raise SystemExit(2)
     errors = io.StringIO()
     columns = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(words):
@@ -106,6 +109,28 @@ def _path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as problem:  # ~somebody who does not exist
         raise ValueError(f"{text}: {problem}") from problem
+
+
+def _given_twice(kind: type, words: Sequence[str]) -> str | None:
+    """The first option that stands twice in `words` and does not take several values."""
+    hints = typing.get_type_hints(kind, include_extras=False)
+    several = {name.replace("_", "-") for name, hint in hints.items() if _takes_several(hint)}
+    seen: set[str] = set()
+    for word in words:
+        if word == "--":
+            break
+        if not word.startswith("--"):
+            continue
+        name = word.removeprefix("--").partition("=")[0].replace("_", "-")
+        if name in seen and name not in several:
+            return f"--{name}"
+        seen.add(name)
+    return None
+
+
+def _takes_several(hint: Any) -> bool:
+    parts = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    return typing.get_origin(hint) is tuple or any(map(_takes_several, parts))
 
 
 class _Narrow:

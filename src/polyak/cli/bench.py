@@ -88,10 +88,13 @@ def main(words: Sequence[str]) -> int:
     from polyak.bench.ops import kernels
     from polyak.bench.timing import load, threads
     from polyak.files import make_folder, write_json
+    from polyak.report.pages import check_out
     from polyak.training.machine import environment
     from polyak.training.processes.allocator import keep_freed_memory
     from polyak.words import plural
 
+    if config.out is not None:
+        check_out(config.out, "bench")
     console = Console(highlight=False)
     shape = Shape(
         num_layers=config.num_layers,

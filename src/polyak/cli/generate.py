@@ -87,7 +87,11 @@ def main(words: Sequence[str]) -> int:
     from polyak.evaluation.generation import notes
     from polyak.evaluation.subjects import load_subject
     from polyak.files import make_folder, write_json
+    from polyak.report.pages import check_out
 
+    line = shlex.join(["polyak", "generate", *words])
+    if config.out is not None:
+        check_out(config.out, "generate", line)
     assert config.run is not None
     subject = load_subject(config.run, device=config.device)
     if config.out is not None:
@@ -102,7 +106,7 @@ def main(words: Sequence[str]) -> int:
         found += _Batch(config, prompts, batch, len(rows)).run(subject)
     seconds = time.perf_counter() - began
     if config.out is not None:
-        results = _results(config, subject, words, found, seconds)
+        results = _results(config, subject, line, found, seconds)
         write_json(config.out / "results.json", results)
         print(f"Results: {config.out / 'results.json'}", file=sys.stderr)
     return 0
@@ -217,7 +221,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
 def _results(
     config: GenerateConfig,
     subject: Subject,
-    words: Sequence[str],
+    line: str,
     found: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def _results(
     return {
         "format": formats.current("generate"),
         "kind": "generate",
-        "command": shlex.join(["polyak", "generate", *words]),
+        "command": line,
         "run": str(config.run),
         "name": subject.name,
         "rule": subject.model.config.rule,  # type: ignore[union-attr]

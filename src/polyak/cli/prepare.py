@@ -203,8 +203,11 @@ def _bench(config: PrepareConfig) -> int:
 
     from polyak.bench import data as bench
     from polyak.files import make_folder, write_json
+    from polyak.report.pages import check_out
     from polyak.report.tables import house_table
 
+    if config.out is not None:
+        check_out(config.out, "prepare bench")
     console = Console(highlight=False)
     found = bench.compare(
         config.corpus,

@@ -53,8 +53,9 @@ class CompareConfig:
     """Folder for runs, results.json and report.html; started again, it goes on where it was."""
     quick: bool = False
     """Compare gradient_descent and triple_momentum only, in minutes."""
-    sweep: str | None = None
-    """Give each entry its own best rate: `training.muon_lr=0.005,0.01,0.02`."""
+    sweep: tuple[str, ...] = ()
+    """Give each entry its own best rate: `training.muon_lr=0.005,0.01,0.02`; of several fields,
+    each with a --sweep of its own, their grid."""
     sweep_seeds: int = 1
     """Seeds per swept value: 1000, 1001, … never those of the comparison."""
     jobs: int | None = None
@@ -65,6 +66,8 @@ class CompareConfig:
     """Any other setting for all entries: `model.num_layers=6`, `training.batch_size=32`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.sweep, str):  # one field
+            object.__setattr__(self, "sweep", (self.sweep,))
         for name in ("seeds", "sweep_seeds"):
             check_whole(name, getattr(self, name))
         for name in ("steps", "jobs"):

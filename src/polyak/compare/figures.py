@@ -7,6 +7,7 @@ SVGs, `picture` the README's PNG.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,25 +58,29 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
 
 
 def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
-    """Loss against the swept value for each entry; a ring marks the value chosen."""
+    """Loss against the swept value for each entry; a ring marks the value chosen.
+
+    Of a grid: against the first field's value, at the best values of the others.
+    """
     chosen, fields, seen = styles(results), set(), []
     for entry in results["entries"]:
         found = entry.get("sweep")
         if not found:
             continue
         style = chosen[entry["name"]]
-        points = [
-            (float(x), float(y))
-            for x, y in sorted(zip(found["values"], found["losses"], strict=True))
-            if y is not None
-        ]
-        if not points:
+        best: dict[float, float] = {}
+        for point, loss in zip(found["values"], found["losses"], strict=True):
+            if loss is not None:
+                at = _first(point)
+                best[at] = min(float(loss), best.get(at, math.inf))
+        if not best:
             continue
-        x, y = (np.asarray(column) for column in zip(*points, strict=True))
+        x, y = (np.asarray(column) for column in zip(*sorted(best.items()), strict=True))
         axes.plot(x, y, color=style.color, linestyle=style.line, marker=style.marker, markersize=4)
-        at = x == float(found["chosen"])
-        axes.plot(x[at], y[at], "o", color=style.color, markerfacecolor="none", markersize=11)
-        fields.add(found["field"])
+        ring = x == _first(found["chosen"])
+        axes.plot(x[ring], y[ring], "o", color=style.color, markerfacecolor="none", markersize=11)
+        first, *others = found["field"].split(", ")
+        fields.add(f"{first}, at the best {' and '.join(others)}" if others else first)
         seen += list(x)
     if not seen:
         return False
@@ -87,6 +92,11 @@ def sweep(axes: Axes, results: Mapping[str, Any]) -> bool:
     axes.set_xlabel(", ".join(sorted(fields)))
     axes.set_ylabel("validation loss (nats/token)")
     return True
+
+
+def _first(point: Any) -> float:
+    """A swept value, or of a grid's point the first field's."""
+    return float(point[0] if isinstance(point, list) else point)
 
 
 # ---------------------------------------------------------------------------------------------

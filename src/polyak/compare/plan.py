@@ -18,6 +18,7 @@ from polyak.compare.config import (
 )
 from polyak.compare.entries import Entry, parse_entries, widened
 from polyak.compare.pool import Job
+from polyak.compare.sweep import Grid, Point, parse_grid
 from polyak.data.batches import TrainBatches
 from polyak.data.encode import available_cores
 from polyak.data.prepare import Prepared, prepare
@@ -26,9 +27,8 @@ from polyak.errors import ConfigError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
-from polyak.settings import override, parse, replace_at
+from polyak.settings import override, replace_at
 from polyak.training.config.run import RunConfig
-from polyak.training.config.training import TrainingConfig
 from polyak.training.trainer import check_vocabulary, device_of, validation_set
 
 
@@ -83,68 +83,47 @@ class Plan:
         budget = steps * prices[self.baseline.name]
         return {name: max(1, round(budget / price)) for name, price in prices.items()}
 
-    def run_jobs(self, steps: dict[str, int], rates: Mapping[str, float | None]) -> list[Job]:
+    @property
+    def grid(self) -> Grid | None:
+        """What every entry's rates are chosen from, if there is a sweep."""
+        return parse_grid(self.config.sweep) if self.config.sweep else None
+
+    def run_jobs(self, steps: dict[str, int], rates: Mapping[str, Point | None]) -> list[Job]:
         """All runs, seed by seed so that pairs are complete early.
 
         Args:
             steps: of each entry.
-            rates: each entry's own value of the swept field, if there was a sweep.
+            rates: each entry's own values of the swept fields, if there was a sweep.
         """
         jobs = []
         for seed in range(self.config.seeds):
             for entry in self.entries:
-                config = self._with_rate(self.run_config(entry), rates.get(entry.name))
+                config, chosen = self.run_config(entry), rates.get(entry.name)
+                if chosen is not None and (grid := self.grid) is not None:
+                    config = grid.at(config, chosen)
                 folder = self.config.out / "runs" / f"{entry.slug}-seed{seed}"
                 jobs.append(Job(entry.name, seed, _with(config, seed, steps[entry.name]), folder))
         return jobs
 
-    def sweep_jobs(self, steps: dict[str, int]) -> list[tuple[float, Job]]:
-        """The runs that choose each entry's rate, with the value each one tries."""
-        if self.config.sweep is None:
-            return []
-        field_name, values = parse_sweep(self.config.sweep)
-        jobs = []
+    def sweep_jobs(self, steps: dict[str, int]) -> list[tuple[Point, Job]]:
+        """The runs that choose each entry's rates, with the values each one tries."""
+        grid, jobs = self.grid, list[tuple[Point, Job]]()
+        if grid is None:
+            return jobs
         for entry in self.entries:
-            for value in values:
+            for point in grid.points:
                 for seed in range(SWEEP_SEED, SWEEP_SEED + self.config.sweep_seeds):
-                    config = replace_at(self.run_config(entry), field_name, value)
-                    name = f"{entry.slug}-{field_name}={value}-seed{seed}"
+                    config = grid.at(self.run_config(entry), point)
+                    name = f"{entry.slug}-{grid.folder_name(point)}-seed{seed}"
                     folder = self.config.out / "sweep" / name
                     job = Job(entry.name, seed, _with(config, seed, steps[entry.name]), folder)
-                    jobs.append((value, job))
+                    jobs.append((point, job))
         return jobs
-
-    def _with_rate(self, config: RunConfig, rate: float | None) -> RunConfig:
-        if rate is None or self.config.sweep is None:
-            return config
-        return replace_at(config, parse_sweep(self.config.sweep)[0], rate)
 
 
 def _with(config: RunConfig, seed: int, steps: int) -> RunConfig:
     training = dataclasses.replace(config.training, seed=seed, steps=steps)
     return dataclasses.replace(config, training=training)
-
-
-def parse_sweep(text: str) -> tuple[str, tuple[float, ...]]:
-    """`"training.muon_lr=0.01,0.02"` → the field and its values, smallest first.
-
-    Raises:
-        ConfigError: not of that form, not a rate, or fewer than two different values.
-    """
-    name, equals, values = text.partition("=")
-    name = name.strip()
-    rates = [f"training.{f.name}" for f in dataclasses.fields(TrainingConfig) if f.type == "float"]
-    if not equals or name not in rates:
-        raise ConfigError(
-            f"sweep={text!r}: write one of {', '.join(rates)} and values, as in "
-            "training.muon_lr=0.01,0.02"
-        )
-    numbers = sorted({float(parse(value, float, name)) for value in values.split(",")})
-    if len(numbers) < 2:
-        raise ConfigError(f"sweep={text!r}: give at least two different values")
-    for number in numbers:
-        replace_at(RunConfig(), name, number)  # out of range: an error before anything runs
-    return name, tuple(numbers)
 
 
 def make_plan(config: CompareConfig) -> Plan:
@@ -156,8 +135,10 @@ def make_plan(config: CompareConfig) -> Plan:
     base = _base(config)
     rules = QUICK_RULES if config.quick else FULL_RULES if config.rules is None else config.rules
     parse_entries(rules, base.model)  # before the corpus, which can take minutes
-    if config.sweep is not None:
-        parse_sweep(config.sweep)
+    if config.sweep:
+        parse_grid(
+            config.sweep, [assignment.partition("=")[0].strip() for assignment in config.set]
+        )
     device = device_of(config.device)
     data = prepare(base.corpus, base.tokenizer, **base.reading)
     if base.model.vocab_size != data.tokenizer.vocab_size and not any(
@@ -180,8 +161,12 @@ def make_plan(config: CompareConfig) -> Plan:
 
 
 def _base(config: CompareConfig) -> RunConfig:
+    seen: set[str] = set()
     for assignment in config.set:
         key = assignment.partition("=")[0].strip()
+        if key in seen:
+            raise ConfigError(f"set {assignment!r}: {key} is set twice; leave one out")
+        seen.add(key)
         if key.partition(".")[0] not in ("model", "training"):
             raise ConfigError(
                 f"set {assignment!r}: write model.FIELD=VALUE or training.FIELD=VALUE"

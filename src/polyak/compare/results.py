@@ -58,7 +58,7 @@ def gather(
             "jobs": plan.jobs,
             "threads": plan.threads,
             "quick": plan.config.quick,
-            "sweep": plan.config.sweep,
+            "sweep": _sweep_setting(plan),
         },
         "baseline": plan.baseline.name,
         "entries": [
@@ -70,6 +70,12 @@ def gather(
     }
     results["limits"] = limits(plan, results)
     return complete(results)
+
+
+def _sweep_setting(plan: Plan) -> str | list[str] | None:
+    """As given: nothing, one, or those of a grid."""
+    given = list(plan.config.sweep)
+    return given if len(given) > 1 else given[0] if given else None
 
 
 def _shared_model(plan: Plan) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def limits(plan: Plan, results: Mapping[str, Any]) -> list[str]:
         "The intervals cover chance in the initial weights and the data order. They do not cover "
         "the choice of corpus, model size, training length or learning rates.",
     ]
-    if plan.config.sweep is None:
+    if not plan.config.sweep:
         said.append(
             "All entries use the same learning rates, tuned for none of them; --sweep gives each "
             "entry its own."

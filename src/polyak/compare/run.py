@@ -13,10 +13,12 @@ from polyak import formats
 from polyak.compare import speed
 from polyak.compare.config import CompareConfig
 from polyak.compare.page import write_report
-from polyak.compare.plan import Plan, make_plan, parse_sweep
+from polyak.compare.plan import Plan, make_plan
 from polyak.compare.pool import Job, Message, run_jobs
 from polyak.compare.results import gather
+from polyak.compare.sweep import Point
 from polyak.files import locked, make_folder, write_json
+from polyak.report.pages import check_out
 from polyak.training.loop import run_settings
 from polyak.training.machine import now
 from polyak.training.runs.folder import RunFolder
@@ -74,7 +76,7 @@ class _Study:
     def out(self) -> Path:
         return self.plan.config.out
 
-    def plan_jobs(self) -> tuple[list[tuple[float, Job]], list[Job]]:
+    def plan_jobs(self) -> tuple[list[tuple[Point, Job]], list[Job]]:
         """The sweep's runs and the comparison's, as the speeds known so far have it.
 
         Raises:
@@ -85,13 +87,13 @@ class _Study:
         _check_folders(self.plan, [job for _, job in sweep] or jobs)
         return sweep, jobs
 
-    def choose(self, sweep: Sequence[tuple[float, Job]]) -> list[Job]:
+    def choose(self, sweep: Sequence[tuple[Point, Job]]) -> list[Job]:
         """The comparison's runs, each entry at its best value of the sweep.
 
         Runs of an entry for which no value worked count as failed; the others go on.
         """
         self.sweeps = _choose(self.plan, sweep)
-        rates = {name: found["chosen"] for name, found in self.sweeps.items()}
+        rates = {name: _point(found["chosen"]) for name, found in self.sweeps.items()}
         jobs = self.plan.run_jobs(self.steps, rates)
         for job in jobs:
             if rates[job.entry] is None:
@@ -156,6 +158,7 @@ def compare(
     Raises:
         PolyakError: bad input; or `config.out` holds other runs or is in use.
     """
+    check_out(config.out, "comparison")
     plan = make_plan(config)
     make_folder(config.out)
     with locked(config.out, "polyak compare"):
@@ -238,28 +241,33 @@ START_UP = 6.0
 """Seconds to start a process, import torch and open the corpus."""
 
 
-def _choose(plan: Plan, sweep: Sequence[tuple[float, Job]]) -> dict[str, dict[str, Any]]:
-    """Each entry's best value: lowest mean final validation loss; diverged values are out."""
-    assert plan.config.sweep is not None
-    field_name, values = parse_sweep(plan.config.sweep)
+def _choose(plan: Plan, sweep: Sequence[tuple[Point, Job]]) -> dict[str, dict[str, Any]]:
+    """Each entry's best point: lowest mean final validation loss; diverged ones are out."""
+    grid = plan.grid
+    assert grid is not None
     chosen = {}
     for entry in plan.entries:
         losses: list[float | None] = []
-        for value in values:
-            folders = [job.folder for at, job in sweep if job.entry == entry.name and at == value]
+        for point in grid.points:
+            folders = [job.folder for at, job in sweep if job.entry == entry.name and at == point]
             found = [RunFolder(folder).result() for folder in folders]
             ends = [result["loss"] for result in found if result is not None]
             losses.append(statistics.fmean(ends) if len(ends) == len(folders) else None)
-        finite = [
-            (loss, value) for loss, value in zip(losses, values, strict=True) if loss is not None
-        ]
-        best = min(finite)[1] if finite else None
+        ended = [(x, at) for x, at in zip(losses, grid.points, strict=True) if x is not None]
+        best = min(ended)[1] if ended else None
         chosen[entry.name] = {
-            "field": field_name,
-            "values": list(values),
+            "field": grid.label,
+            "values": [grid.shown(point) for point in grid.points],
             "losses": losses,
-            "chosen": best,
+            "chosen": None if best is None else grid.shown(best),
             "seeds": sorted({job.seed for _, job in sweep}),
-            "at_edge": best in (values[0], values[-1]),
+            "at_edge": best is not None and grid.at_edge(best),
         }
     return chosen
+
+
+def _point(shown: Any) -> Point | None:
+    """What `Grid.shown` made of a point, as a point."""
+    if shown is None:
+        return None
+    return tuple(shown) if isinstance(shown, list) else (shown,)

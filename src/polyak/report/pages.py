@@ -7,6 +7,7 @@ its figures as inline SVG that follow the reader's light or dark setting.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -40,13 +41,21 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def check_out(out: Path, kind: str) -> None:
+def check_out(out: Path, kind: str, command: str | None = None) -> None:
     """Refuse to write over what another command found.
 
+    Args:
+        out: the folder of the results.
+        kind: of the results that are to be written.
+        command: of a command that begins anew each time, its line: results of the same kind, made
+            by another line, are said to be replaced.
+
     Raises:
-        RunError: the results.json in `out` is of another kind.
+        RunError: the results.json in `out` is of another kind, or there is a page without one.
     """
     if not (out / "results.json").exists():
+        if (out / "report.html").exists():
+            raise RunError(f"{out} holds a report.html of something else; choose another --out")
         return
     found = read_json(out / "results.json")
     there = found.get("kind") if isinstance(found, dict) else None
@@ -56,6 +65,8 @@ def check_out(out: Path, kind: str) -> None:
             "choose another --out"
         )
     formats.up_to_date(found, kind, out / "results.json")
+    if command is not None and found.get("command") not in (None, command):
+        warnings.warn(f"{out}: the results of {found['command']!r} are replaced", stacklevel=1)
 
 
 def save(out: Path, results: Mapping[str, Any], page: Callable[[Mapping[str, Any]], str]) -> None:

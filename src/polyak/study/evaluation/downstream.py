@@ -46,7 +46,7 @@ def downstream(
     Raises:
         RunError, DataError, ConfigError, MissingExtraError: one of these cannot be used.
     """
-    check_out(out, KIND)
+    check_out(out, KIND, command)
     subjects = load_subjects(runs, device=device)
     loaded = Tasks(tasks, shots=shots, limit=limit, folder=folder)
     make_folder(out)

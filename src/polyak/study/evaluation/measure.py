@@ -51,7 +51,7 @@ def evaluate(
     Raises:
         RunError, DataError, ConfigError: a run or corpus cannot be used; nothing is left out.
     """
-    check_out(config.out, KIND)
+    check_out(config.out, KIND, command)
     subjects = load_subjects(runs, device=config.device)
     for subject in subjects:
         require_causal(subject)

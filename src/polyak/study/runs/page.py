@@ -35,7 +35,7 @@ def report(paths: Sequence[Path], out: Path, *, command: str) -> dict[str, Any]:
             another command.
     """
     folders = find_runs(paths)
-    check_out(out, KIND)
+    check_out(out, KIND, command)
     read = [
         read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)
     ]

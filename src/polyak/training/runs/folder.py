@@ -79,6 +79,8 @@ class RunFolder:
         Raises:
             RunError: the folder cannot be written.
         """
+        if not self.settings_file.exists():
+            self._check_unused()
         make_folder(self.path)
         self._clear(self.result_file, self.metrics_file)
         content = {
@@ -118,6 +120,15 @@ class RunFolder:
         if not isinstance(recorded.get("settings"), dict):
             raise RunError(f"{self.settings_file} is not a run's: it has no 'settings'")
         return recorded
+
+    def _check_unused(self) -> None:
+        """Refuse what is no run, but holds files that a run writes."""
+        for name in ("model", "checkpoints", "metrics.jsonl", "result.json"):
+            if (self.path / name).exists():
+                raise RunError(
+                    f"{self.path} is not a run, since run.json is missing, but holds {name}, which "
+                    "a run would write over; choose another --out"
+                )
 
     def _clear(self, *files: Path) -> None:
         try:
