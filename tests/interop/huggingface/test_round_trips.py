@@ -242,10 +242,80 @@ def test_standard_names_read_and_write_the_architecture() -> None:
     assert again.model_config() == config.model_config()
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {
+            "num_hidden_layers": 3,
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "max_position_embeddings": 64,
+            "num_key_value_heads": 1,
+            "hidden_act": "gelu_new",
+        },
+        {
+            "n_layer": 3,
+            "n_embd": 48,
+            "n_head": 3,
+            "n_inner": 40,
+            "n_positions": 64,
+            "num_kv_heads": 1,
+            "activation_function": "gelu_new",
+        },
+        {
+            "num_layers": 3,
+            "d_model": 48,
+            "num_heads": 3,
+            "mlp_width": 40,
+            "context_length": 64,
+            "num_kv_heads": 1,
+            "activation": "gelu_tanh",
+        },
+    ],
+    ids=["llama", "gpt2", "own"],
+)
+def test_the_names_of_transformers_models_are_understood(names: dict[str, Any]) -> None:
+    config = hf.PolyakConfig(rule="adam", **names)
+    assert config.model_config() == ModelConfig(
+        rule="adam",
+        num_layers=3,
+        d_model=48,
+        num_heads=3,
+        mlp_width=40,
+        context_length=64,
+        num_kv_heads=1,
+        activation="gelu_tanh",
+    )
+    assert config.num_hidden_layers == 3
+    assert hf.PolyakConfig.from_dict(config.to_dict()) == config
+
+
+def test_overrides_of_from_pretrained_are_applied_or_refused(tmp_path: Path) -> None:
+    hf.PolyakConfig(rule="adam", num_layers=2, d_model=32, num_heads=2).save_pretrained(tmp_path)
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        for kind in (hf.PolyakConfig, AutoConfig):
+            found = kind.from_pretrained(tmp_path, **{name: 3})
+            assert (found.polyak["num_layers"], found.num_hidden_layers) == (3, 3), name
+    assert AutoConfig.from_pretrained(tmp_path, pad_token_id=7).pad_token_id == 7
+    with pytest.raises(UnknownNameError, match="'num_layer'; did you mean 'num_layers'"):
+        AutoConfig.from_pretrained(tmp_path, num_layer=3)
+    hf.PolyakForCausalLM(hf.PolyakConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    for kind in (hf.PolyakForCausalLM, AutoModelForCausalLM):
+        assert kind.from_pretrained(tmp_path, dropout=0.5).config.polyak["dropout"] == 0.5
+        with pytest.raises(UnknownNameError, match="'dropuot'; did you mean 'dropout'"):
+            kind.from_pretrained(tmp_path, dropuot=0.5)
+
+
 def test_what_a_configuration_is_refused_for() -> None:
     for build, error, said in (
         (lambda: hf.PolyakConfig({"ruel": "adam"}), UnknownNameError, "did you mean 'rule'"),
         (lambda: hf.PolyakConfig({"d_model": 8}, hidden_size=16), ConfigError, "disagrees"),
+        (lambda: hf.PolyakConfig({"num_layers": 8}, n_layer=2), ConfigError, "disagrees"),
+        (lambda: hf.PolyakConfig(n_layer=2, num_layers=3), ConfigError, "are one setting"),
+        (lambda: hf.PolyakConfig(num_hidden_layer=3), UnknownNameError, "mean 'num_hidden_layers'"),
+        (lambda: hf.PolyakConfig({"rule": "adam"}, num_head=3), UnknownNameError, "'num_heads'"),
+        (lambda: hf.PolyakConfig(resid_pdrop=0.1), UnknownNameError, "setting of a polyak model"),
         (lambda: hf.PolyakForCausalLM(hf.PolyakConfig(rule="adamm")), UnknownNameError, "adam"),
         (lambda: hf.PolyakForCausalLM(hf.PolyakConfig(num_heads=5)), ConfigError, "num_heads=5"),
         (lambda: hf.PolyakForCausalLM(hf.PolyakConfig(causal=False)), ConfigError, "MaskedLM"),

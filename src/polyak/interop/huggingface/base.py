@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from polyak.errors import ConfigError, RunError
+from polyak.errors import ConfigError, RunError, unknown
 from polyak.files import make_folder
-from polyak.interop.huggingface.configuration import PolyakConfig
+from polyak.interop.huggingface.configuration import NAMES, PolyakConfig
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
 from polyak.training.runs.model_files import write_stub
@@ -53,7 +53,9 @@ class PolyakPreTrainedModel(PreTrainedModel):
 
     transformer: Transformer
 
-    def __init__(self, config: PolyakConfig) -> None:
+    def __init__(self, config: PolyakConfig, **options: Any) -> None:
+        for name in options:  # what `from_pretrained` was given, and nothing before took
+            raise unknown("option of a polyak model", name, NAMES)
         model_config = config.model_config()
         if model_config.causal != self._causal:
             other = "MaskedLM" if self._causal else "CausalLM"

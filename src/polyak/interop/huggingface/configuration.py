@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from polyak.errors import ConfigError, PolyakError, RuleError
+from polyak.errors import ConfigError, PolyakError, RuleError, unknown
 from polyak.nn.config import ModelConfig
 from polyak.settings import check_keys
 from polyak.training.runs.model_files import (
@@ -24,6 +24,31 @@ from polyak.training.runs.model_files import (
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 _DERIVED = ("num_hidden_layers", "num_key_value_heads")
+_NAMES = {
+    **STANDARD_NAMES,
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "mlp_width",
+    "hidden_act": "activation",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    # GPT-2's
+    "n_layer": "num_layers",
+    "n_embd": "d_model",
+    "n_head": "num_heads",
+    "n_positions": "context_length",
+    "n_inner": "mlp_width",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "norm_eps",
+}
+"""What transformers' own models call fields of `ModelConfig`."""
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+# what transformers itself hands on, in one version or another
+_HANDED_ON = {
+    *("attn_implementation", "auto_map", "code_revision", "dtype", "model_type", "name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "torch_dtype"),
+    *("return_unused_kwargs", "trust_remote_code", "use_cache"),
+}
 
 
 def _head_width(fields: Mapping[str, Any]) -> int:
@@ -40,6 +65,32 @@ def _field(ours: str) -> property:
     return property(read, write, doc=f"`ModelConfig.{ours}`.")
 
 
+def _in_our_names(given: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Field of `ModelConfig` → (the name it was given under, its value)."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, value in given.items():
+        ours = _NAMES.get(name, name)
+        if ours == "activation":
+            value = _ACTIVATIONS.get(value, value)
+        other, before = found.setdefault(ours, (name, value))
+        if before != value:
+            raise ConfigError(f"{other}={before!r} and {name}={value!r} are one setting; give one")
+    return found
+
+
+def _check_known(names: Iterable[str]) -> None:
+    plain = PretrainedConfig()
+    known = [*_FIELDS, *_NAMES]
+    for name in names:
+        others = name in _HANDED_ON or name.startswith("_") or hasattr(plain, name)
+        if name not in known and not others:
+            raise unknown("setting of a polyak model", name, known)
+
+
+NAMES = (*_FIELDS, *_NAMES)
+"""What `from_pretrained` may be given to change a model's configuration."""
+
+
 class PolyakConfig(PretrainedConfig):
     """The configuration of a model in the form of transformers.
 
@@ -50,12 +101,14 @@ class PolyakConfig(PretrainedConfig):
     Args:
         polyak: fields of `ModelConfig`.
         use_cache: whether a forward pass returns keys and values to go on with.
-        **kwargs: single fields of `ModelConfig` (`rule="adam"`), which count before `polyak`;
+        **kwargs: single fields of `ModelConfig` (`rule="adam"`), which count before `polyak`, or
+            the names that GPT-2 and Llama have for them (`num_hidden_layers=3`: as many layers);
             everything else goes to `PretrainedConfig`.
 
     Raises:
-        UnknownNameError: `polyak` has a key that is no field; the nearest is offered.
-        ConfigError: a standard name disagrees with the architecture.
+        UnknownNameError: `polyak` has a key that is no field, or nobody knows an argument; the
+            nearest is offered.
+        ConfigError: a standard name disagrees with the architecture, or two with each other.
     """
 
     model_type = MODEL_TYPE
@@ -73,26 +126,50 @@ class PolyakConfig(PretrainedConfig):
     ) -> None:
         check_keys(ModelConfig, polyak or (), "model setting")
         fields = {**ModelConfig().to_dict(), **(polyak or {})}
+        # a whole config.json has the names that follow from its `polyak` part, and may have some
+        # of another version of transformers
+        whole = polyak is not None and "model_type" in kwargs
         head_dim = kwargs.pop("head_dim", None)  # a field, and written where it follows, too
-        fields |= {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
-        for theirs, ours in STANDARD_NAMES.items():
-            value = kwargs.pop(theirs, fields[ours])
-            if polyak is None:
-                fields[ours] = value
-            elif value != fields[ours]:
+        if whole:
+            for name in _DERIVED:
+                kwargs.pop(name, None)
+        else:
+            _check_known(kwargs)
+        names = [name for name in (*_FIELDS, *_NAMES) if name in kwargs]
+        given = _in_our_names({name: kwargs.pop(name) for name in dict.fromkeys(names)})
+        for ours, (theirs, value) in given.items():
+            if polyak is not None and theirs in _NAMES and value != fields[ours]:
                 raise ConfigError(
                     f"{theirs}={value!r} disagrees with {ours}={fields[ours]!r} of the 'polyak' "
                     "part of this configuration; change both or neither"
                 )
+            fields[ours] = value
         if head_dim not in (None, _head_width(fields)):
             fields["head_dim"] = head_dim
-        for name in _DERIVED:  # they follow from the fields
-            kwargs.pop(name, None)
         self.polyak, self.use_cache = fields, use_cache
         kwargs.setdefault("use_cache", True)
         # transformers 4 has it as an argument and would set its own default
         kwargs["tie_word_embeddings"] = fields["tie_embeddings"]
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a `config.json`, with overrides under our names or standard ones.
+
+        Raises:
+            UnknownNameError: nobody knows an override; the nearest is offered.
+        """
+        given = {n: kwargs.pop(n) for n in list(kwargs) if n in _FIELDS or n in _NAMES}
+        ids = [n for n in kwargs if n in ("bos_token_id", "eos_token_id", "pad_token_id")]
+        config_dict = {**config_dict, **{name: kwargs.pop(name) for name in ids}}
+        if not kwargs.get("return_unused_kwargs"):  # else the caller looks after the rest
+            _check_known(kwargs)
+        if given:
+            changed = {ours: value for ours, (_, value) in _in_our_names(given).items()}
+            stale = {*_NAMES, "head_dim"}
+            config_dict = {k: v for k, v in config_dict.items() if k not in stale}
+            config_dict["polyak"] = {**config_dict.get("polyak", {}), **changed}
+        return super().from_dict(config_dict, **kwargs)
 
     def model_config(self) -> ModelConfig:
         """The architecture, validated.
