@@ -10,7 +10,7 @@ from rich.console import Console
 from polyak.compare.table import print_table, table_text
 from polyak.statistics.verdict import complete
 from polyak.words import compact, folded, memory
-from tests.made_up_results import FAMILY, fail, made_up
+from tests.made_up_results import FAMILY, fail, grid, made_up
 
 LONG = [
     "gradient_descent",
@@ -120,3 +120,11 @@ def test_a_sweep_shows_what_was_tried_and_chosen_and_the_edge_of_the_grid() -> N
     edge = ["at", "the", "edge", "of", "the", "grid"]
     assert ["gradient_descent", "5.1000", "4.2500", "4.1250", "0.03", *edge] in rows
     assert ["adam", "5.1000", "4.2500", "–", "none", "works"] in rows
+
+
+def test_a_grid_shows_each_point() -> None:
+    text = table_text(grid(complete(made_up(sweep=True))), 300)
+    assert "training.muon_lr, training.adam_lr: last validation loss" in text
+    assert "0.02 × 0.001" in text
+    row = next(line for line in text.splitlines() if "at the edge of the grid" in line)
+    assert "0.01 × 0.003" in row

@@ -82,7 +82,7 @@ def _rates(results: Mapping[str, Any]) -> RenderableType:
     swept = next(entry["sweep"] for entry in results["entries"] if entry.get("sweep"))
     seeds = plural(len(swept["seeds"]), "seed")
     heading = f"{swept['field']}: last validation loss of each value, {seeds} of their own"
-    values = [f"{value:g}" for value in swept["values"]]
+    values = [_rate(value) for value in swept["values"]]
     table = house_table(heading, "", *values, "chosen", "")
     for entry in results["entries"]:
         found = entry.get("sweep")
@@ -92,10 +92,15 @@ def _rates(results: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             Text(folded(entry["name"])),
             *(loss(value) for value in found["losses"]),
-            "none works" if chosen is None else f"{chosen:g}",
+            "none works" if chosen is None else _rate(chosen),
             "at the edge of the grid" if found["at_edge"] else "",
         )
     return table
+
+
+def _rate(value: Any) -> str:
+    """A swept rate, or the rates of a grid's point."""
+    return " × ".join(f"{rate:g}" for rate in (value if isinstance(value, list) else [value]))
 
 
 def table_text(results: Mapping[str, Any], width: int = 80) -> str:
