@@ -18,7 +18,10 @@ def test_without_a_terminal_a_line_appears_now_and_then(monkeypatch: pytest.Monk
         for seconds, share in ((5, 0.1), (19, 0.2), (21, 0.25), (40, 0.5), (42, 0.75)):
             now[0] = seconds
             bar(share, "block 1 [a]")
-    assert out.getvalue() == " 25%  block 1 [a]\n 75%  block 1 [a]\n"
+    # a tenth at 5 s, and 15% in the next 16 s; 65% in 37 s
+    assert out.getvalue() == (
+        " 25%, about 1 min 20 s left  block 1 [a]\n 75%, about 14 s left  block 1 [a]\n"
+    )
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ class Bar:
 
     Args:
         console: where it goes.
+        every: seconds between lines; None: 20.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, every: float | None = None) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
@@ -33,7 +34,9 @@ class Bar:
             speed_estimate_period=120,
         )
         self._task = self._bar.add_task("", total=1.0)
-        self._console, self._said = console, time.monotonic()
+        self._console, self._began = console, time.monotonic()
+        self._said, self._first = self._began, 0.0
+        self._every = _EVERY if every is None else every
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -45,6 +48,18 @@ class Bar:
     def __call__(self, share: float, what: str) -> None:
         """Move it to a share from 0 to 1."""
         self._bar.update(self._task, completed=share, description=what)
-        if self._bar.disable and time.monotonic() - self._said > _EVERY:
-            self._said = time.monotonic()
-            self._console.print(f"{share:4.0%}  {what}", markup=False)
+        now = time.monotonic()
+        if not self._first:
+            self._first, self._began = share, now  # what was there already took no time
+        if self._bar.disable and now - self._said > self._every:
+            self._said = now
+            self._console.print(f"{share:4.0%}{self._left(share, now)}  {what}", markup=False)
+
+    def _left(self, share: float, now: float) -> str:
+        """The time left at the pace so far, once a twentieth of the work tells it."""
+        from polyak.words import duration
+
+        if share - self._first < 0.05:
+            return ""
+        pace = (now - self._began) / (share - self._first)
+        return f", about {duration((1 - share) * pace)} left"

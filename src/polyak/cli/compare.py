@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyak.cli._bars import Bar
 from polyak.cli._options import parse
 from polyak.compare.config import CompareConfig
 from polyak.words import duration
@@ -67,7 +68,8 @@ class TerminalDisplay:
         self._done: dict[Path, float] = {}
         self._ended = 0
         self._runs = 0
-        self._price: dict[str, float] = {}
+        self._todo = 0
+        self._lines: Bar | None = None
 
     def close(self) -> None:
         """Take the bar away."""
@@ -101,6 +103,9 @@ class TerminalDisplay:
         self.console.print(f"{runs} runs{there}, {plan.jobs} at a time: about {duration(seconds)}.")
         self.console.print(f"Folder: {plan.config.out}", soft_wrap=True)
         if runs > finished:
+            self._todo = runs - finished
+            if not self.console.is_terminal:
+                self._lines = Bar(self.console, every=60.0)
             self._bar, self._task = self._start(runs - finished, "training")
 
     def progress(self, job: Job, message: Message) -> None:
@@ -117,8 +122,11 @@ class TerminalDisplay:
             self.console.print(text, highlight=False)
         elif "steps" in message:
             self._done[job.folder] = message["step"] / message["steps"]
+        done = sum(self._done.values())
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=sum(self._done.values()))
+            self._bar.update(self._task, completed=done)
+        if self._lines is not None:
+            self._lines(done / self._todo, "of the training")
 
     def partial(self, results: Mapping[str, Any], report: Path) -> None:
         """Nothing: the run's own line says enough."""

@@ -20,7 +20,7 @@ from polyak.compare.sweep import Point
 from polyak.files import locked, make_folder, write_json
 from polyak.report.pages import check_out
 from polyak.training.loop import run_settings
-from polyak.training.machine import now
+from polyak.training.machine import now, process_age
 from polyak.training.runs.folder import RunFolder
 from polyak.training.trainer import validation_set
 
@@ -159,6 +159,8 @@ def compare(
         PolyakError: bad input; or `config.out` holds other runs or is in use.
     """
     check_out(config.out, "comparison")
+    age = process_age()  # of a command: what it took to start and import torch, as runs will
+    start_up = age if age is not None and age < 10 * START_UP else START_UP
     plan = make_plan(config)
     make_folder(config.out)
     with locked(config.out, "polyak compare"):
@@ -172,7 +174,7 @@ def compare(
         speed.keep_speeds(plan, study.speeds)
         everything = [*(job for _, job in sweep), *jobs]
         finished = sum(RunFolder(job.folder).result() is not None for job in everything)
-        seconds = _estimate(everything, study.speeds, plan.jobs)
+        seconds = _estimate(plan, everything, study.speeds, start_up)
         study.display.planned(plan, len(everything), finished, seconds)
         try:
             if sweep:
@@ -219,26 +221,28 @@ def _check_folders(plan: Plan, jobs: Sequence[Job]) -> None:
 
 
 def _estimate(
-    jobs: Sequence[Job], speeds: Mapping[str, dict[str, float]], side_by_side: int
+    plan: Plan, jobs: Sequence[Job], speeds: Mapping[str, dict[str, float]], start_up: float
 ) -> float:
     """Seconds that the unfinished jobs will take: training, validation and start-up.
 
     `speeds` were measured one at a time; side by side, runs take a little from each other.
     """
-    total = 0.0
+    each: list[float] = []
+    validated = validation_set(plan.base, plan.data).tokens
     for job in jobs:
         if RunFolder(job.folder).result() is not None or job.entry not in speeds:
             continue
         recipe, length = job.config.training, job.config.model.context_length
         validations = -(-recipe.steps // recipe.eval_interval)
         tokens: float = recipe.steps * recipe.batch_size * length
-        tokens += validations * recipe.eval_tokens / 3  # no backward pass
-        total += 1.1 * tokens / speeds[job.entry]["median"] + START_UP
-    return total / min(side_by_side, max(1, len(jobs)))
+        tokens += validations * validated / 3  # no backward pass
+        each.append(1.1 * tokens / speeds[job.entry]["median"] + start_up)
+    side_by_side = min(plan.jobs, max(1, len(each)))
+    return statistics.fmean(each or [0.0]) * -(-len(each) // side_by_side)  # whole turns
 
 
-START_UP = 6.0
-"""Seconds to start a process, import torch and open the corpus."""
+START_UP = 4.0
+"""Seconds to start a process and import torch, where that was not measured."""
 
 
 def _choose(plan: Plan, sweep: Sequence[tuple[Point, Job]]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def process_age() -> float | None:
+    """Seconds since this process began; None where the system does not say (only Linux does)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        status = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+        ticks = int(status.rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return None
 
 
 def _cpu_name() -> str:
