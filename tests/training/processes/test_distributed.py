@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -261,12 +259,3 @@ def test_clipping_returns_the_norm_before_and_leaves_the_limit() -> None:
         parameter.grad = torch.full_like(parameter, 2.0)
     assert clip_grad_norm(parameters, 1.0) == pytest.approx(32**0.5)
     assert clip_grad_norm(parameters, 10.0) == pytest.approx(1.0, abs=1e-5)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_the_scripts_of_the_docs_are_bash() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
-    scripts = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert any("#SBATCH" in script for script in scripts)
-    for script in scripts:
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
