@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.cli._options import parse
+
+if TYPE_CHECKING:
+    from polyak.nn.config import ModelConfig
 
 DESCRIPTION = """Print the family of update rules: equation, learned scalars, streams, and
 parameters and training FLOPs relative to gradient_descent at the size given.
@@ -16,6 +19,7 @@ examples:
   polyak rules
   polyak rules --d-model 768 --num-layers 12 --num-heads 12 --vocab-size 50304
   polyak rules --rules triple_momentum,my_rule.py:MyRule
+  polyak rules --check my_rule.py:MyRule[beta=0.8]
   polyak rules --format json"""
 
 
@@ -25,6 +29,9 @@ class RulesConfig:
 
     rules: str | None = None
     """Rules separated by commas; default: all registered ones."""
+    check: str | None = None
+    """Only try whether this rule keeps what every rule must, as training does before its first
+    step: no later token, no other row, no random number without torch's seed."""
     num_layers: int = 4
     """Layers."""
     num_heads: int = 4
@@ -42,6 +49,9 @@ class RulesConfig:
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(RulesConfig, "rules", words, DESCRIPTION)
+    if config.check is not None:
+        _check(config, config.check)
+        return 0
     found = family(config)
     if config.format == "json":
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -78,6 +88,32 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _check(config: RulesConfig, rule: str) -> None:
+    """Probe one rule and say that it passed; what fails is an error."""
+    from polyak.compare.entries import parse_entry
+    from polyak.nn.probe import LENGTHS, probe
+
+    entry = parse_entry(rule, _model(config))
+    probe(entry.model)
+    lengths = sorted({min(n, config.context_length) for n in (*LENGTHS, config.context_length)})
+    print(
+        f"{entry.name}: no leak at {', '.join(map(str, lengths))} tokens, in training and in "
+        "evaluation mode"
+    )
+
+
+def _model(config: RulesConfig) -> ModelConfig:
+    from polyak.nn.config import ModelConfig
+
+    return ModelConfig(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        d_model=config.d_model,
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+    )
+
+
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """The family as a Markdown table."""
     rows = [
@@ -104,16 +140,9 @@ def family(config: RulesConfig) -> list[dict[str, Any]]:
     import dataclasses
 
     from polyak import rules
-    from polyak.nn.config import ModelConfig
     from polyak.nn.cost import cost
 
-    base = ModelConfig(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        d_model=config.d_model,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-    )
+    base = _model(config)
     first = cost(base)
     names = rules.names() if config.rules is None else config.rules.split(",")
     found = []

@@ -29,7 +29,7 @@ from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
 from polyak.settings import override, replace_at
 from polyak.training.config.run import RunConfig
-from polyak.training.trainer import check_vocabulary, device_of, validation_set
+from polyak.training.trainer import check_pieces, check_vocabulary, device_of, validation_set
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def make_plan(config: CompareConfig) -> Plan:
         notes.append(note)
     for entry in entries:
         check_vocabulary(entry.model, data)
+        check_pieces(entry.model, device, base.training)
         cost(entry.model)  # runs a user's step, which may fail
     jobs = config.jobs or (1 if device.type == "cuda" else available_cores())
     threads = max(1, available_cores() // jobs) if device.type == "cpu" else None

@@ -15,6 +15,7 @@ from polyak.data.batches import TrainBatches, ValidationBatches
 from polyak.data.prepare import Prepared
 from polyak.errors import ConfigError, DivergedError
 from polyak.nn.config import ModelConfig
+from polyak.nn.probe import has_foreign_pieces, probe
 from polyak.nn.transformer import Transformer
 from polyak.training import schedules
 from polyak.training.config.run import RunConfig
@@ -23,7 +24,6 @@ from polyak.training.divergence import first_bad_parameter
 from polyak.training.loss import LossModule
 from polyak.training.optimizers import Optimizers, parameter_groups
 from polyak.training.processes.distributed import World, clip_grad_norm, compile_blocks, wrap
-from polyak.training.rule_check import check_rule
 from polyak.training.sam import perturbed, uses_sam
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Trainer:
     Raises:
         ConfigError: the tokenizer's vocabulary is not the model's.
         DataError: the corpus is shorter than one block.
-        RuleError: a user's rule fails, or returns something else than (x, state).
+        RuleError: a user's rule fails, or breaks what every rule must keep (`polyak.nn.probe`).
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Trainer:
         check_vocabulary(config.model, data)
         self.world = World.start(config.device) if world is None else world
         self.device = self.world.device
+        check_pieces(config.model, self.device, self.recipe)
         torch.manual_seed(self.recipe.seed)
         self.model = Transformer(config.model).to(self.device)
         if weights is not None:
             self.model.load_state_dict(weights)
-        check_rule(self.model)
         self._rows = self.world.rows(self.recipe.batch_size)
         if self.recipe.compile:
             compile_blocks(self.model)
@@ -207,6 +207,16 @@ def validation_loss(
 def to_tensor(batch: NDArray[Any], device: torch.device) -> Tensor:
     """A numpy batch of ids as int64 on the device."""
     return torch.from_numpy(batch).to(device)
+
+
+def check_pieces(model: ModelConfig, device: torch.device, recipe: TrainingConfig) -> None:
+    """Probe a model's pieces before the first step, if they are a user's own.
+
+    Raises:
+        RuleError: they break what every piece must keep; see `polyak.nn.probe`.
+    """
+    if has_foreign_pieces(model):
+        probe(model, torch.bfloat16 if in_bfloat16(device, recipe) else torch.float32)
 
 
 def check_vocabulary(model: ModelConfig, data: Prepared) -> None:
