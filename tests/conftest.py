@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 # before numpy and torch are loaded: workers side by side would spin on each other's cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# the key by which runs are known as this user's: not one in the home of who runs the tests
+os.environ["POLYAK_CONFIG"] = tempfile.mkdtemp(prefix="polyak-tests-config-")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

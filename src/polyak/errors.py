@@ -41,6 +41,10 @@ class RunError(PolyakError):
     """A run folder that is missing, unwritable, corrupt, or made with other settings."""
 
 
+class TrustError(RunError):
+    """Code that comes with data and was not made here, without the user's word for it."""
+
+
 class UnwritableError(RunError):
     """A file or folder that cannot be written: a full disk, or no permission."""
 

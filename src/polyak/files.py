@@ -194,6 +194,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def give_usual_permissions(path: Path) -> None:
+    """Give a file that another library wrote the permissions that any new file here has.
+
+    The weights of safetensors are readable by their owner only, whatever the umask says.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        aside.unlink()
+    path.chmod(mode)
+
+
 def sync_file(path: Path) -> None:
     """Flush a file that another library wrote to the disk."""
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -11,17 +11,16 @@ A piece (a rule, a kind of attention) can be named in four ways:
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import pkgutil
-import sys
+import warnings
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+from polyak import usercode
 from polyak.errors import PolyakError, nearest, unknown
 
 Piece = TypeVar("Piece", bound=type)
@@ -59,8 +58,7 @@ class Registry(Generic[Piece]):
         Raises:
             PolyakError: the name is malformed or belongs to another piece already.
         """
-        if not name.replace("_", "").replace("-", "").isalnum():
-            raise self.error(f"{self.kind} name {name!r}: use letters, digits, '_' and '-' only")
+        self._check_name(name)
         known = self._registered.get(name)
         same = known is not None and known.__qualname__ == piece.__qualname__
         foreign = name in self.own_names and piece.__module__ != f"{self.package}.{name}"
@@ -69,6 +67,10 @@ class Registry(Generic[Piece]):
                 f"{self.kind} name {name!r} is taken; register {piece.__name__} under another"
             )
         self._registered[name] = piece
+
+    def _check_name(self, name: str) -> None:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise self.error(f"{self.kind} name {name!r}: use letters, digits, '_' and '-' only")
 
     def names(self) -> tuple[str, ...]:
         """All names: the first, then the others in alphabetical order."""
@@ -94,6 +96,14 @@ class Registry(Generic[Piece]):
             raise unknown(self.kind, name, self.names())
         return self._registered[name]
 
+    def brings_code(self, name: str) -> bool:
+        """Whether looking a name up may run code that neither this package nor the process has."""
+        return ":" in name or (
+            name not in self.own_names
+            and name not in self._registered
+            and name in self._entry_points
+        )
+
     @cached_property
     def own_names(self) -> frozenset[str]:
         """Names of the pieces that come with this package."""
@@ -102,11 +112,26 @@ class Registry(Generic[Piece]):
 
     @cached_property
     def _entry_points(self) -> dict[str, str]:
-        from importlib.metadata import entry_points
+        from importlib.metadata import distributions, entry_points
 
-        return {point.name: point.value for point in entry_points(group=self.group)}
+        try:
+            points = list(entry_points(group=self.group))
+        except Exception:  # one package's metadata cannot be read: the others' can
+            points = []
+            for package in distributions():
+                try:
+                    points += package.entry_points.select(group=self.group)
+                except Exception as error:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    warnings.warn(
+                        f"entry points of the installed package {package.name!r} cannot be "
+                        f"read: {reason}",
+                        stacklevel=2,
+                    )
+        return {point.name: point.value for point in points}
 
     def _from_entry_point(self, name: str) -> Piece:
+        self._check_name(name)
         source, _, class_name = self._entry_points[name].partition(":")
         piece = self._class_of(self._module(source, name), class_name, source)
         if name not in self._registered:  # the module need not call `register` itself
@@ -116,19 +141,28 @@ class Registry(Generic[Piece]):
     def _module(self, source: str, name: str) -> ModuleType:
         try:
             return importlib.import_module(source)
-        except Exception as error:  # a user's module may raise anything
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise self.error(
                 f"{self.kind} {name!r}: module {source!r} does not import: {error}"
             ) from error
 
     def _load_file(self, source: str) -> ModuleType:
         path = Path(source).expanduser().resolve()
-        if not path.is_file():
+        if path.suffix != ".py" and path.is_file():
             raise self.error(
-                f"{self.kind} file {source!r} does not exist; give path/to/file.py:ClassName"
+                f"{self.kind} file {str(path)!r} is not a Python file; its name must end in .py"
             )
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _load_version(path, content, self)
+        try:
+            code = usercode.read(path, error=self.error)
+        except PolyakError as error:
+            raise self.error(f"{self.kind} {error}") from error
+        try:
+            return usercode.load(code)
+        except (Exception, SystemExit) as failure:  # a user's file may raise anything
+            reason = f"{type(failure).__name__}: {failure}"
+            raise self.error(
+                f"{self.kind} file {str(path)!r} does not import: {reason}"
+            ) from failure
 
     def _class_of(self, module: ModuleType, class_name: str, source: str) -> Piece:
         base, piece = self._base(), getattr(module, class_name, None)
@@ -155,22 +189,3 @@ def source_of(name: str) -> Path | None:
 
 def _is_file(source: str) -> bool:
     return source.endswith(".py") or "/" in source or "\\" in source
-
-
-@cache
-def _load_version(path: Path, content: str, registry: Registry[Any]) -> ModuleType:
-    # keyed by the content, so that an edited file is read anew within one process
-    kind, error = registry.kind, registry.error
-    module_name = f"polyak_user_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise error(f"{kind} file {str(path)!r} is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as failure:
-        del sys.modules[module_name]
-        reason = f"{type(failure).__name__}: {failure}"
-        raise error(f"{kind} file {str(path)!r} does not import: {reason}") from failure
-    return module

@@ -232,3 +232,44 @@ def test_an_installed_package_offers_rules_by_name(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "does not define 'Missing'" in done.stdout
+
+
+def test_a_broken_entry_point_leaves_the_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "ours.py").write_text(
+        "from polyak.rules import UpdateRule\nclass Fine(UpdateRule):\n"
+        "    def step(self, x, state, oracle):\n        return x + oracle(x), state\n"
+        "class Lost(UpdateRule):\n    def step(self, x, state, oracle):\n        return 1 // 0\n"
+    )
+    about = tmp_path / "ours-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[polyak.rules]\nfine = ours:Fine\nlost = ours:Lost\nbroken = theirs:Missing\n"
+        "odd name = ours:Fine\nno_class = ours\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "polyak.cli.main", "rules", *words],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    listed = ask()
+    assert listed.returncode == 0, listed.stderr
+    assert "triple_momentum" in listed.stdout
+    assert "\nfine\n" in listed.stdout
+    for name, why in (
+        ("broken", "No module named 'no_such_module_anywhere'"),
+        ("lost", "its step fails"),
+        ("odd name", "use letters, digits"),
+        ("no_class", "does not define"),
+    ):
+        assert f"{name}: broken: " in listed.stdout
+        assert why in listed.stdout
+    asked = ask("--rules", "broken")
+    assert asked.returncode == 1
+    assert "No module named 'no_such_module_anywhere'" in asked.stderr

@@ -11,6 +11,7 @@ import torch
 from tiny_runs import SETTINGS, polyak, write_corpus
 
 from polyak import ModelConfig, Transformer, load_run
+from polyak.files import sha256_of
 from polyak.nn.cost import cost
 from polyak.rules import get
 
@@ -66,9 +67,12 @@ def test_a_rule_of_ones_own_is_compared_like_any_other(
     assert all(run["status"] == "finished" for run in results["runs"])
     assert "MyRule" in (home / "out" / "report.html").read_text()
 
-    monkeypatch.chdir(tmp_path)  # the rule's file is known by its full path
-    model, tokenizer = load_run(home / "out" / "runs" / "MyRule.beta=0.8-seed0")
-    assert model.config.rule == f"{home}/rules/my_rule.py:MyRule"
+    monkeypatch.chdir(tmp_path)
+    run = home / "out" / "runs" / "MyRule.beta=0.8-seed0"
+    model, tokenizer = load_run(run)
+    kept = f"code/{sha256_of(EXAMPLE)[:12]}/my_rule.py:MyRule"
+    assert model.config.rule == f"{run}/{kept}"  # the run's own copy
+    assert own["model"]["rule"] == kept
     assert sum(p.numel() for p in model.parameters()) == own["parameters"]
     assert cost(model.config).training_flops_per_token == own["flops_per_token"]
     ids = torch.from_numpy(tokenizer.encode("the quick"))[None].long()
@@ -76,8 +80,7 @@ def test_a_rule_of_ones_own_is_compared_like_any_other(
 
     with (home / "rules" / "my_rule.py").open("a") as file:
         file.write("# changed\n")
-    with pytest.warns(UserWarning, match=r"my_rule.py has changed since .* was trained"):
-        load_run(home / "out" / "runs" / "MyRule.beta=0.8-seed0")
+    with pytest.warns(UserWarning, match=r"my_rule.py has changed since it was copied into"):
+        load_run(run)
     (home / "rules" / "my_rule.py").unlink()
-    with pytest.raises(Exception, match="does not exist"):
-        load_run(home / "out" / "runs" / "MyRule.beta=0.8-seed0")
+    load_run(run)

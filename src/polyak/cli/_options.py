@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
 
+from polyak.trust import give_word
+
 Config = TypeVar("Config")
 COLOR = r"\x1b\[[0-9;]*m"
 
@@ -42,7 +44,7 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
     try:
         narrow = cast(TextIO, _Narrow(sys.stdout))
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(narrow):
-            return tyro.cli(
+            found: Config = tyro.cli(
                 _without_none(kind),
                 prog=f"polyak {command}",
                 description=description,
@@ -54,6 +56,8 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
                 ),
                 registry=_paths(),
             )
+        give_word(getattr(found, "trust_code", False))
+        return found
     except SystemExit as stop:
         if stop.code not in (0, None):
             print(f"polyak {command}: {_one_line(errors.getvalue())}", file=sys.stderr)

@@ -44,6 +44,8 @@ class EvaluateOptions(EvaluateConfig):
     """Folder of task descriptions in the harness's YAML, beside its own."""
     batch_size: int = 16
     """Requests of a task at once; it does not change the scores."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with a run; that of runs made here needs no word."""
 
     def __post_init__(self) -> None:
         EvaluateConfig.__post_init__(self)

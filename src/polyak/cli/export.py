@@ -31,6 +31,8 @@ class ExportConfig:
     """`bare`: the state dict alone. `training`: a dict with `model`, `step` and `val_loss`."""
     overwrite: bool = False
     """Replace a file that is there."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with a run; that of runs made here needs no word."""
 
 
 def main(words: Sequence[str]) -> int:

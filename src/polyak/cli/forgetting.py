@@ -28,6 +28,8 @@ class ForgettingOptions(ForgettingConfig):
 
     runs: RunPaths = ()
     """Finished runs, comparisons, or folders of runs."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with a run; that of runs made here needs no word."""
 
     def __post_init__(self) -> None:
         check_named(self.runs, "forgetting RUN --onto CORPUS")

@@ -69,6 +69,8 @@ class GenerateConfig(SamplingConfig):
     """Where the model runs; auto: CUDA if there is one."""
     out: Path | None = None
     """Folder for results.json."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with a run; that of runs made here needs no word."""
 
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)

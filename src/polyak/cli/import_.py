@@ -46,6 +46,8 @@ class ImportConfig:
     """Encoding of text files and JSON, such as `latin-1`."""
     tokens: int = 32_768
     """Validation tokens to measure on."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with it; that of what was made here needs no word."""
 
     def __post_init__(self) -> None:
         check_whole("num_heads", self.num_heads, optional=True)

@@ -7,6 +7,7 @@ import keyword
 import sys
 import warnings
 from collections.abc import Sequence
+from contextvars import copy_context
 
 from polyak.output import ReaderGoneError, outlast
 from polyak.signals import STOPPED, RaiseAtSignals, Stopped
@@ -93,7 +94,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
             name = f"{command}_" if keyword.iskeyword(command) else command
             module = importlib.import_module(f"polyak.cli.{name}")
             try:
-                code: int = module.main(words)
+                code: int = copy_context().run(module.main, words)  # a word of trust ends with it
             finally:
                 sys.stdout.flush()
             return code

@@ -35,6 +35,8 @@ class ReportConfig:
     """Run folders, comparisons, or folders of runs."""
     out: Path = Path("runs/report")
     """Folder for report.html and results.json."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with a run; that of runs made here needs no word."""
 
     def __post_init__(self) -> None:
         if not self.runs:

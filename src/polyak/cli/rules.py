@@ -72,10 +72,18 @@ def main(words: Sequence[str]) -> int:
     )
     for rule in found:
         console.print()
+        if "broken" in rule:
+            title = Text(rule["name"], style="bold") + Text(f": broken: {rule['broken']}")
+            console.print(title, soft_wrap=True)
+            continue
         title = Text(rule["name"], style="bold")
         about = ", ".join(part for part in (rule["architecture"], rule["paper"]) if part)
         console.print(title + Text(f"  {about}" if about else "", style="dim"))
-        scalars = ", ".join(f"{name} {value:.4g}" for name, value in rule["scalars"].items())
+        scalars = ", ".join(
+            f"{name} {value:.4g}"
+            + (f" for each of {of}" if (of := rule["vectors"].get(name)) else "")
+            for name, value in rule["scalars"].items()
+        )
         streams = ", ".join(f"{name} from {start}" for name, start in rule["streams"].items())
         lines = (
             rule["equation"],
@@ -121,6 +129,9 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for rule in found:
+        if "broken" in rule:
+            rows.append(f"| `{rule['name']}` | broken: {rule['broken']} | | | | | |")
+            continue
         streams = ", ".join(f"{name}: {start}" for name, start in rule["streams"].items())
         cells = (
             f"`{rule['name']}`",
@@ -136,19 +147,30 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 def family(config: RulesConfig) -> list[dict[str, Any]]:
-    """Every rule's facts, in the order of `polyak.rules.names()`."""
+    """Every rule's facts, in the order of `polyak.rules.names()`.
+
+    A rule of an installed package that does not work has its reason under `broken` instead, unless
+    it was asked for by name.
+    """
     import dataclasses
 
     from polyak import rules
+    from polyak.errors import PolyakError
     from polyak.nn.cost import cost
 
     base = _model(config)
     first = cost(base)
     names = rules.names() if config.rules is None else config.rules.split(",")
-    found = []
+    found: list[dict[str, Any]] = []
     for name in names:
-        rule = rules.get(name.strip())
-        price = cost(dataclasses.replace(base, rule=name.strip()))
+        try:
+            rule = rules.get(name.strip())
+            price = cost(dataclasses.replace(base, rule=name.strip()))
+        except PolyakError as error:
+            if config.rules is not None:
+                raise
+            found.append({"name": name, "broken": " ".join(str(error).split())})
+            continue
         options = rule.resolve({})
         found.append(
             {
@@ -157,6 +179,11 @@ def family(config: RulesConfig) -> list[dict[str, Any]]:
                 "paper": rule.paper,
                 "equation": rule.title(),
                 "scalars": {scalar: options[scalar] for scalar in rule.present_scalars(options)},
+                "vectors": {
+                    name: scalar.shape
+                    for name, scalar in rule.present_scalars(options).items()
+                    if scalar.is_vector
+                },
                 "streams": {stream.name: stream.start for stream in rule.streams},
                 "parameters": price.total_parameters,
                 "training_flops_per_token": price.training_flops_per_token,

@@ -41,6 +41,8 @@ class UpgradeConfig:
     """Training tokens to fit on, and validation tokens to measure on."""
     seed: int = 0
     """Seed of the tables that the rule's streams start from."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with it; that of what was made here needs no word."""
 
 
 def main(words: Sequence[str]) -> int:

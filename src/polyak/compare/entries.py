@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
@@ -38,12 +39,13 @@ class Entry:
         return re.sub(r"[^A-Za-z0-9_.=-]+", "_", self.name.replace("[", ".")).strip("_.")
 
 
-def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
+def parse_entries(text: str, base: ModelConfig, kept: Path | None = None) -> tuple[Entry, ...]:
     """Read `--rules`: entries separated by commas, outside brackets.
 
     Args:
         text: for example `"gradient_descent,triple_momentum[stream_start=zeros]"`.
         base: the model that every entry starts from.
+        kept: the comparison's folder, whose copy of a rule's code counts where it has one.
 
     Raises:
         ConfigError: nothing to compare, a bracket is not closed, or an entry is named twice.
@@ -52,7 +54,7 @@ def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
     if not parts:
         raise ConfigError("rules: nothing to compare; name at least one rule")
-    entries = tuple(parse_entry(part, base) for part in parts)
+    entries = tuple(parse_entry(part, base, kept) for part in parts)
     seen: dict[str, Entry] = {}
     for entry in entries:
         other = seen.setdefault(entry.name, entry)
@@ -66,9 +68,9 @@ def parse_entries(text: str, base: ModelConfig) -> tuple[Entry, ...]:
     return entries
 
 
-def parse_entry(text: str, base: ModelConfig) -> Entry:
+def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry:
     """One entry; see `parse_entries`."""
-    found = parse_rule(text, option="rules")
+    found = parse_rule(text, option="rules", kept=kept)
     if "context_length" in found.fields:
         raise ConfigError(
             f"rules: {text!r}: entries that differ in context_length would not see the same "

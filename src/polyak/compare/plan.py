@@ -24,9 +24,8 @@ from polyak.data.encode import available_cores
 from polyak.data.prepare import Prepared, prepare
 from polyak.data.split import SPLIT, said
 from polyak.errors import ConfigError
-from polyak.files import sha256_of
-from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
+from polyak.nn.pieces import keep
 from polyak.settings import override, replace_at
 from polyak.training.config.run import RunConfig
 from polyak.training.trainer import check_pieces, check_vocabulary, device_of, validation_set
@@ -62,6 +61,18 @@ class Plan:
     def run_config(self, entry: Entry) -> RunConfig:
         """The entry's run with the baseline's steps and seed 0."""
         return dataclasses.replace(self.base, model=entry.model, threads=self.threads)
+
+    def with_kept_code(self) -> Plan:
+        """The plan with users' rules as copied into the comparison's folder.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        entries = [
+            dataclasses.replace(entry, model=keep(self.config.out, entry.model))
+            for entry in self.entries
+        ]
+        return dataclasses.replace(self, entries=tuple(entries))
 
     def steps(self, speeds: dict[str, dict[str, float]]) -> dict[str, int]:
         """Optimizer steps of each entry under `match`, by name.
@@ -134,7 +145,7 @@ def make_plan(config: CompareConfig) -> Plan:
     """
     base = _base(config)
     rules = QUICK_RULES if config.quick else FULL_RULES if config.rules is None else config.rules
-    parse_entries(rules, base.model)  # before the corpus, which can take minutes
+    parse_entries(rules, base.model, config.out)  # before the corpus, which can take minutes
     if config.sweep:
         parse_grid(
             config.sweep, [assignment.partition("=")[0].strip() for assignment in config.set]
@@ -147,7 +158,7 @@ def make_plan(config: CompareConfig) -> Plan:
         base = replace_at(base, "model.vocab_size", data.tokenizer.vocab_size)
     validation_set(base, data)  # these two raise where the corpus is too short
     TrainBatches(data.train, base.model.context_length, base.training.batch_size, seed=0)
-    entries = parse_entries(rules, base.model)
+    entries = parse_entries(rules, base.model, config.out)
     notes = []
     if config.match == "params":
         entries, note = _match_parameters(entries)
@@ -237,11 +248,3 @@ def corpus_summary(plan: Plan) -> dict[str, object]:
         "validation_bytes": validation.bytes,
     }
     return summary | ({"skipped_files": dict(data.left_out)} if data.left_out else {})
-
-
-def rule_hash(model: ModelConfig) -> str | None:
-    """SHA-256 of the user's rule file, if the rule comes from one."""
-    from polyak.registry import source_of
-
-    source: Path | None = source_of(model.rule)
-    return sha256_of(source) if source else None

@@ -9,9 +9,10 @@ from typing import Any
 
 from polyak import rules
 from polyak.compare.entries import Entry
-from polyak.compare.plan import Plan, corpus_summary, rule_hash
+from polyak.compare.plan import Plan, corpus_summary
 from polyak.compare.pool import Job
 from polyak.nn.cost import cost
+from polyak.nn.pieces import portable_values, source_hash
 from polyak.statistics.verdict import complete
 from polyak.training.machine import heading, now
 from polyak.training.runs.folder import RunFolder
@@ -98,8 +99,8 @@ def _entry(
         "name": entry.name,
         "rule": rules.get(entry.model.rule).name,
         "equation": rules.get(entry.model.rule).title(),
-        "model": entry.model.to_dict(),
-        "rule_source": rule_hash(entry.model),
+        "model": portable_values(entry.model),
+        "rule_source": source_hash(entry.model.rule),
         "steps": steps,
         "parameters": price.total_parameters,
         "parameter_groups": dict(price.parameters),

@@ -164,6 +164,7 @@ def compare(
     plan = make_plan(config)
     make_folder(config.out)
     with locked(config.out, "polyak compare"):
+        plan = plan.with_kept_code()  # before anything runs: files may be edited meanwhile
         study = _Study(
             plan, command or command_of(config), _created(config.out), display or Silent()
         )

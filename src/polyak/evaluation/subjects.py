@@ -18,8 +18,9 @@ from polyak.data.tokenizers import ByteTokenizer, Tokenizer
 from polyak.errors import ConfigError, DataError, PolyakError, RunError, unknown
 from polyak.training.config.run import RunConfig
 from polyak.training.runs.finding import find_runs, short_names
-from polyak.training.runs.folder import RunFolder, load_run
+from polyak.training.runs.folder import RunFolder, load_run, read_run_config
 from polyak.training.trainer import device_of
+from polyak.trust import trusting
 
 SPLITS = ("train", "validation", "test")
 BATCH = 32
@@ -56,25 +57,30 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def load_subject(folder: str | Path, *, device: str = "cpu") -> Subject:
+def load_subject(folder: str | Path, *, device: str = "cpu", trust_code: bool = False) -> Subject:
     """A finished run of polyak as a subject.
 
     Args:
         folder: the run's folder.
         device: `cpu`, `cuda` or `auto`.
+        trust_code: run the code of a rule that comes with the run and was not made here.
 
     Raises:
         RunError: not a finished run, or a file of it is missing or corrupt.
+        TrustError: it brings code that was not made here.
         ConfigError: CUDA is asked for and there is none.
     """
-    folder, place = Path(folder), device_of(device)
+    with trusting(trust_code):
+        return _load_subject(Path(folder), device)
+
+
+def _load_subject(folder: Path, device: str) -> Subject:
+    place = device_of(device)
     if not folder.exists():
         raise RunError(f"{folder} does not exist")
     try:
         model, tokenizer = load_run(folder)
-        recorded = RunFolder(folder).recorded()
-        settings, config = recorded["settings"], recorded.get("config")
-        started = RunConfig.from_dict(config) if config is not None else None
+        settings, started = RunFolder(folder).recorded()["settings"], read_run_config(folder)
     except RunError:
         raise
     except (PolyakError, AttributeError, TypeError) as error:
@@ -94,7 +100,9 @@ def load_subject(folder: str | Path, *, device: str = "cpu") -> Subject:
     )
 
 
-def load_subjects(folders: Iterable[str | Path], *, device: str = "cpu") -> list[Subject]:
+def load_subjects(
+    folders: Iterable[str | Path], *, device: str = "cpu", trust_code: bool = False
+) -> list[Subject]:
     """Several subjects with distinct names; a comparison stands for its runs.
 
     Raises:
@@ -102,7 +110,7 @@ def load_subjects(folders: Iterable[str | Path], *, device: str = "cpu") -> list
     """
     found = find_runs(map(Path, folders))
     return [
-        replace(load_subject(folder, device=device), name=name)
+        replace(load_subject(folder, device=device, trust_code=trust_code), name=name)
         for folder, name in zip(found, short_names(found), strict=True)
     ]
 

@@ -11,6 +11,7 @@ from polyak import rules
 from polyak.errors import RunError
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
+from polyak.nn.pieces import opened
 from polyak.training.runs.folder import RunFolder, unfinished
 
 PAPERS = {
@@ -55,7 +56,7 @@ def model_card(run: str | Path, *, place: str = "FOLDER") -> str:
         raise unfinished(run)
     try:
         settings, environment = recorded["settings"], recorded["environment"]
-        config = ModelConfig.from_dict(settings["model"])
+        config = ModelConfig.from_dict(opened(folder.path, settings["model"]))
         training = _training(settings, environment, result, folder)
     except (KeyError, TypeError) as error:
         raise RunError(

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak import rules
 from polyak.errors import PolyakError, RunError
 from polyak.files import read_json
 from polyak.interop.safe_pickle import load_pickle
@@ -30,9 +29,10 @@ from polyak.interop.weights import (
     llama_config,
 )
 from polyak.nn.config import ModelConfig
+from polyak.nn.pieces import opened
 from polyak.nn.transformer import Transformer
 from polyak.training.runs.folder import read_weights
-from polyak.training.runs.model_files import MODEL_TYPE
+from polyak.training.runs.model_files import MODEL_TYPE, check_weights
 
 WANTED = (
     "config.json",
@@ -43,6 +43,8 @@ WANTED = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "weights.json",
+    "code/*",
 )
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _PATIENCE = 10.0
@@ -64,6 +66,9 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
         raise RunError(f"{folder} holds a model of type {kind!r}; what can be imported: {known}")
     read_config, repack = _READERS[kind]
     try:
+        if kind == MODEL_TYPE:
+            check_weights(folder)
+            described = {**described, "polyak": opened(folder, described["polyak"])}
         config = read_config(described)
     except PolyakError:  # some are KeyErrors or ValueErrors, too
         raise
@@ -80,14 +85,7 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
 
 
 def _own_config(described: Mapping[str, Any]) -> ModelConfig:
-    fields = dict(described["polyak"])
-    rule = fields.get("rule")
-    if rule not in rules.names():  # else a folder from elsewhere could name a file to run
-        raise RunError(
-            f"the model was trained with the rule {rule!r}, which is not one of polyak's; register "
-            "it under that name, or load the model with load_run where its run is"
-        )
-    return ModelConfig.from_dict(fields)
+    return ModelConfig.from_dict(described["polyak"])
 
 
 _READERS: dict[str, tuple[Callable[..., ModelConfig], Callable[..., dict[str, Tensor]]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from polyak.data.tokenizers import Tokenizer
 from polyak.errors import RunError
 from polyak.files import locked, make_folder, write_json
+from polyak.nn.pieces import keep, portable_values, source_hash
 from polyak.nn.transformer import Transformer
 from polyak.training.config.run import RunConfig
 from polyak.training.processes.distributed import World
@@ -55,12 +57,15 @@ def write_run(
     check_out(folder)
     make_folder(folder)
     with locked(folder, "polyak run"):
+        identity = secrets.token_hex(16)
+        keep(folder, model.config, run=identity)
         described = {
             **settings,
-            "model": model.config.to_dict(),
+            "model": portable_values(model.config),
+            "rule_source": source_hash(model.config.rule),
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         }
         run = RunFolder(folder)
-        run.begin(described, config, left_out)
+        run.begin(described, config, left_out, identity=identity)
         save_model(model, tokenizer, folder / "model", World())
         write_json(run.result_file, {"steps": None, "loss": None, **result})

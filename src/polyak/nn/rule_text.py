@@ -16,6 +16,7 @@ from typing import Any
 from polyak import rules
 from polyak.errors import ConfigError, unknown
 from polyak.nn.config import ModelConfig
+from polyak.nn.pieces import known
 from polyak.registry import source_of
 from polyak.settings import parse_free
 
@@ -44,12 +45,13 @@ class RuleText:
         return f"{name}[{inside}]" if inside else name
 
 
-def parse_rule(text: str, option: str = "rule") -> RuleText:
+def parse_rule(text: str, option: str = "rule", kept: Path | None = None) -> RuleText:
     """Read a rule with its brackets.
 
     Args:
         text: for example `"nesterov[mu=0.3, tie_embeddings=false]"`.
         option: what the text was given as, for error messages.
+        kept: folder that may have a copy of the rule's code, which counts then.
 
     Raises:
         ConfigError: the text is not of that form, or sets a key twice.
@@ -63,6 +65,7 @@ def parse_rule(text: str, option: str = "rule") -> RuleText:
         file, _, class_name = rule.rpartition(":")
         # absolute, for other processes; a shell expands no "~" after a comma
         rule = f"{Path(file).expanduser().resolve()}:{class_name}"
+        rule = rule if kept is None else known(kept, rule)
     known_options = sorted({*rules.get(rule).resolve({}), *rules.get(rule).scalars})
     known_fields = [*(field.name for field in dataclasses.fields(ModelConfig)), "preset"]
     fields: dict[str, str] = {}

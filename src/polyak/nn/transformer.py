@@ -53,9 +53,8 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """One layer: its oracles, and one instance of the rule for each substep."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rule: type[UpdateRule]) -> None:
         super().__init__()
-        rule = rules.get(config.rule)
         self.attention = attention.get("softmax")(config)
         self.mlp = MLP(config)
         self.rules = nn.ModuleDict(
@@ -98,6 +97,7 @@ class Transformer(nn.Module):
         # drawn before the modules are built, which draw too, and not equally for all rules
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
+        self._rule = rules.get(config.rule)  # read once: the file may change or go
         self.embedding = Embedding(config)
         self.streams = nn.ModuleDict(
             {
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
                 if self._learned(stream)
             }
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self._rule) for _ in range(config.num_layers))
         self.norm = norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
     @property
     def rule(self) -> type[UpdateRule]:
         """The class of the model's update rule."""
-        return rules.get(self.config.rule)
+        return self._rule
 
     def init_weights(self, seed: int | None = None) -> None:
         """Draw every weight anew (see the class docstring).

@@ -219,7 +219,10 @@ def in_legacy_vmap(*tensors: Tensor) -> bool:
 
 
 def readable(scalars: Sequence[Tensor], *tensors: Tensor) -> bool:
-    """Whether scalars can be read as numbers: plain CPU tensors of one type, no transform."""
+    """Whether scalars can be read as numbers: plain CPU tensors of one type, no transform.
+
+    Coefficients that are vectors cannot.
+    """
     every = (*scalars, *tensors)
     dtype = every[0].dtype
     if dtype not in (torch.float32, torch.float64):
@@ -228,6 +231,9 @@ def readable(scalars: Sequence[Tensor], *tensors: Tensor) -> bool:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return False
         if not t.is_cpu or t.dtype != dtype:
+            return False
+    for scalar in scalars:
+        if scalar.numel() != 1:
             return False
     return torch._C._functorch.peek_interpreter_stack() is None and not in_legacy_vmap(*every)
 

@@ -82,6 +82,8 @@ class UpdateRule(nn.Module):
         work: what a step costs; a rule that declares nothing is measured (`Work`). Not inherited.
         descent: the options at which a step is exactly x ← x + O(x), for a rule that has such a
             point; `polyak upgrade` starts there. Not inherited.
+        muon_parameters: names of parameters or submodules of the rule's own whose matrices Muon
+            may orthogonalise; AdamW updates everything else that a rule learns.
         scalars, norms, choices: collected from the class body, not set by hand.
 
     Args:
@@ -105,6 +107,7 @@ class UpdateRule(nn.Module):
     equation: ClassVar[str] = ""
     work: ClassVar[Work | None] = None
     descent: ClassVar[Mapping[str, Any] | None] = None
+    muon_parameters: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[Stream, ...]] = ()
     scalars: ClassVar[dict[str, Scalar]] = {}
     norms: ClassVar[dict[str, Norm]] = {}
@@ -147,7 +150,7 @@ class UpdateRule(nn.Module):
             made = NoNorm() if without else norm_of(norm_kind, d_model, norm_eps, bias)
             setattr(self, attribute, made)
         for name, scalar in self.present_scalars(self.options).items():
-            raw = scalar.starting_at(self.options[name]).parameter()
+            raw = scalar.starting_at(self.options[name]).parameter(d_model, num_heads)
             raw.requires_grad_(name not in self.options["frozen"])
             self.register_parameter(f"{name}_raw", raw)
 
@@ -215,10 +218,17 @@ class UpdateRule(nn.Module):
         return cls.equation or (cls.__doc__ or cls.__name__).strip().splitlines()[0]
 
     def scalar_values(self) -> dict[str, float]:
-        """The learned scalars' current values, by name."""
-        return {
-            name: float(getattr(self, name).detach()) for name in self.present_scalars(self.options)
-        }
+        """The learned scalars' current values, by name.
+
+        Of a vector NAME, its mean, and under `NAME.std` its standard deviation over the elements.
+        """
+        values: dict[str, float] = {}
+        for name, scalar in self.present_scalars(self.options).items():
+            value = getattr(self, name).detach()
+            values[name] = float(value.mean())
+            if scalar.is_vector:
+                values[f"{name}.std"] = float(value.std(correction=0))
+        return values
 
 
 def _state_type(stream_names: tuple[str, ...]) -> type[Any]:

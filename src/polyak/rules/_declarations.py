@@ -7,7 +7,9 @@ domain, as in the released code:
 - `positive`: softplus(raw) = ln(1 + e^{raw}), in (0, ∞);
 - `unconstrained`: raw itself.
 
-Reading `self.beta` in `step` gives the constrained value as a tensor of one element.
+Reading `self.beta` in `step` gives the constrained value as a tensor of one element; with
+`shape="d_model"`, `"heads"` or `"head_dim"` one of d, H or D = d/H elements, a coefficient for each
+channel, head or dimension of a head, all of which start at the one initial value.
 
 With the rule option `coefficients="unconstrained"` every scalar of a rule is its raw value. A
 sigmoid reaches 0 only where its slope has vanished too; unconstrained, β = 0 is an ordinary
@@ -20,13 +22,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyak.errors import ConfigError
+from polyak.errors import ConfigError, RuleError
+
+SHAPES = ("d_model", "heads", "head_dim")
+Shape: TypeAlias = tuple[int, ...] | str
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Scalar:
         constrain: raw tensor → value tensor.
         raw_of: initial value → raw value; None outside the domain.
         shape: of the raw parameter; (1,) in every released rule but AdamW's λ, which is ().
+            A name for a vector: `"d_model"`, `"heads"` or `"head_dim"`.
         requires: name of the norm without which the scalar does not exist.
     """
 
@@ -46,7 +52,7 @@ class Scalar:
     domain: str
     constrain: Callable[[Tensor], Tensor]
     raw_of: Callable[[float], float | None]
-    shape: tuple[int, ...] = (1,)
+    shape: Shape = (1,)
     requires: str | None = None
     name: str = ""
 
@@ -83,15 +89,26 @@ class Scalar:
             )
         return replace(self, initial=float(value))  # type: ignore[arg-type]
 
-    def parameter(self) -> nn.Parameter:
+    @property
+    def is_vector(self) -> bool:
+        """Whether there is one for each channel, head or dimension of a head."""
+        return isinstance(self.shape, str)
+
+    def parameter(self, d_model: int, num_heads: int) -> nn.Parameter:
         """A fresh raw parameter whose constrained value is `initial`."""
         raw = self.raw_of(self.initial)
         assert raw is not None, f"{self.name}: initial value {self.initial} outside {self.domain}"
-        return nn.Parameter(torch.full(self.shape, raw))
+        sizes = {"d_model": d_model, "heads": num_heads, "head_dim": d_model // num_heads}
+        shape = (sizes[self.shape],) if isinstance(self.shape, str) else self.shape
+        return nn.Parameter(torch.full(shape, raw))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, str) and self.shape not in SHAPES:
+            raise RuleError(f"shape={self.shape!r} must be one of {', '.join(SHAPES)}")
 
 
 def unit_interval(
-    initial: float | None = None, *, raw: float | None = None, shape: tuple[int, ...] = (1,)
+    initial: float | None = None, *, raw: float | None = None, shape: Shape = (1,)
 ) -> Any:
     """A scalar in (0, 1), the sigmoid of its raw parameter; start it by value or by `raw`."""
     if initial is None:
@@ -99,12 +116,12 @@ def unit_interval(
     return Scalar(initial, "(0, 1)", torch.sigmoid, _logit, shape)
 
 
-def positive(initial: float, *, shape: tuple[int, ...] = (1,), requires: str | None = None) -> Any:
+def positive(initial: float, *, shape: Shape = (1,), requires: str | None = None) -> Any:
     """A scalar above 0, the softplus of its raw parameter."""
     return Scalar(initial, "(0, ∞)", F.softplus, _softplus_inverse, shape, requires)
 
 
-def unconstrained(initial: float, *, shape: tuple[int, ...] = (1,)) -> Any:
+def unconstrained(initial: float, *, shape: Shape = (1,)) -> Any:
     """A scalar that can take any value: the raw parameter itself."""
     return Scalar(initial, _LINE, _same, _same, shape)
 

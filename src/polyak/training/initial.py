@@ -17,6 +17,7 @@ from polyak.data.tokenizers import Tokenizer
 from polyak.errors import ConfigError, RunError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
+from polyak.nn.pieces import portable_values
 from polyak.nn.transformer import Transformer
 from polyak.training.runs.folder import read_model_config, read_weights
 
@@ -94,6 +95,6 @@ def _same_architecture(there: ModelConfig, now: ModelConfig, folder: str | Path)
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
-    values = config.to_dict()
+    values = portable_values(config)
     options = values.pop("rule_options")
     return values | {f"rule_options.{name}": value for name, value in options.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import math
+import secrets
 import time
 import types
 import typing
@@ -21,7 +22,7 @@ from polyak.data.prepare import Prepared, prepare
 from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
-from polyak.registry import source_of
+from polyak.nn.pieces import keep, portable_values, source_hash
 from polyak.signals import StopSignals
 from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
@@ -74,10 +75,9 @@ def run_settings(
     config: RunConfig, data: Prepared, validation: ValidationBatches
 ) -> dict[str, Any]:
     """What makes a run the run it is: two runs with equal settings are the same experiment."""
-    source = source_of(config.model.rule)
     device = device_of(config.device)
     return {
-        "model": config.model.to_dict(),
+        "model": portable_values(config.model),
         "training": config.training.to_dict(),
         "corpus": {
             "name": data.manifest["corpus"]["name"],
@@ -96,7 +96,7 @@ def run_settings(
         },
         "init": identity(config.init),
         "device": device.type,
-        "rule_source": hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
+        "rule_source": source_hash(config.model.rule),
     }
 
 
@@ -163,8 +163,13 @@ def train(
                     "larger training.steps goes on with it"
                 )
             return finished
+        identity = run.identity() if run.settings_file.exists() else secrets.token_hex(16)
+        with world.main_first():  # from here on, the copy of a user's code is what runs
+            model = keep(folder, config.model, run=identity)
+        config = dataclasses.replace(config, model=model)
+        settings = run_settings(config, data, validation)
         session = _Session(config, run, data, validation, world, progress)
-        session.open(settings, changes)
+        session.open(settings, changes, identity)
         if signals:
             session.stop = stack.enter_context(StopSignals())
         return session.run(last_checkpoint)
@@ -211,9 +216,10 @@ class _Session:
         flops = cost(config.model).training_flops_per_token
         self.flops_per_gradient = flops * self.trainer.tokens_per_step
 
-    def open(self, settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    def open(self, settings: dict[str, Any], changes: dict[str, Any], identity: str | None) -> None:
         """Take up the run in the folder, or begin it."""
         world, run = self.world, self.run_folder
+        self.checkpoints.run = identity
         found = self.checkpoints.newest() if run.settings_file.exists() else None
         if found is None:
             last = self.checkpoints.last_path()
@@ -224,7 +230,8 @@ class _Session:
                 )
             world.barrier()
             if world.main:
-                run.begin(settings, self.config, self.data.left_out)
+                self.checkpoints.run = identity or secrets.token_hex(16)
+                run.begin(settings, self.config, self.data.left_out, identity=self.checkpoints.run)
         else:
             world.barrier()
             self._restore(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyak.errors import ConfigError, RuleError, RunError
 from polyak.nn.transformer import Transformer
+from polyak.rules import UpdateRule
 from polyak.training.config.training import TrainingConfig
 from polyak.training.dtensors import is_sharded, shard_like
 from polyak.training.muon import Muon
@@ -21,13 +22,15 @@ __all__ = ["Muon", "Optimizers", "check_groups", "parameter_groups"]
 def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
     """The trainable parameters by kind, each exactly once.
 
-    `matrices`: 2-D weights inside blocks. `embeddings`: token, position and stream tables and an
-    untied output. `norms`: LayerNorms, biases, and whatever else a user's rule learns that is no
-    matrix. `scalars`: the rules'.
+    `matrices`: 2-D weights of attention and MLP, and of what a rule names in `muon_parameters`.
+    `embeddings`: token, position and stream tables and an untied output. `norms`: LayerNorms,
+    biases, and whatever else a rule learns. `scalars`: the rules' coefficients, vectors too.
 
     Raises:
-        RuleError: a parameter is complex, which no optimizer here takes.
+        RuleError: a parameter is complex, which no optimizer here takes; or a rule names one for
+            Muon that is not there, or is no matrix.
     """
+    own = _own_of_rules(model)
     groups: dict[str, list[nn.Parameter]] = {
         "matrices": [],
         "embeddings": [],
@@ -46,11 +49,34 @@ def parameter_groups(model: Transformer) -> dict[str, list[nn.Parameter]]:
             groups["scalars"].append(parameter)
         elif not name.startswith("blocks.") and parameter.ndim == 2:
             groups["embeddings"].append(parameter)
-        elif parameter.ndim == 2:
+        elif parameter.ndim == 2 and own.get(id(parameter), True):
             groups["matrices"].append(parameter)
         else:
             groups["norms"].append(parameter)
     return groups
+
+
+def _own_of_rules(model: nn.Module) -> dict[int, bool]:
+    """What rules learn besides their coefficients: id → whether it is for Muon."""
+    found: dict[int, bool] = {}
+    for rule in model.modules():
+        if not isinstance(rule, UpdateRule):
+            continue
+        named = dict(rule.named_parameters())
+        for wanted in rule.muon_parameters:
+            matrices = [
+                name
+                for name, parameter in named.items()
+                if parameter.ndim == 2 and (name == wanted or name.startswith(f"{wanted}."))
+            ]
+            if not matrices:
+                raise RuleError(
+                    f"rule {rule.name}: muon_parameters names {wanted!r}, and it has no matrix of "
+                    "that name"
+                )
+            found |= {id(named[name]): True for name in matrices}
+        found |= {id(parameter): found.get(id(parameter), False) for parameter in named.values()}
+    return found
 
 
 def check_groups(model: nn.Module, groups: Iterable[tuple[str, Iterable[Tensor]]]) -> None:

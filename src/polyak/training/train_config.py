@@ -56,6 +56,9 @@ class TrainOptions:
     resume: bool = False
     """Go on with the run in --out from its newest whole checkpoint, with its own settings. The
     line that began it may be repeated; what would change the run is refused, and shown."""
+    trust_code: bool = False
+    """Run the code of a rule that comes with the run of --resume or --init; code of runs made
+    here needs no word."""
     dry_run: bool = False
     """Print the configuration and what it will take, and train nothing."""
     tokens_per_second: float | None = None
@@ -92,6 +95,10 @@ def resolve(options: TrainOptions) -> RunConfig:
     if options.resume:  # a run keeps its split, whatever is today's
         base = {"split": _recorded(options.out)["split"], **base}
     given = _given(options)
+    if options.resume and "model.rule" in given:
+        from polyak.nn.pieces import known
+
+        given["model.rule"] = known(options.out, given["model.rule"])
     if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
         base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
     return recipes.build(recipes.layered(base, given))
@@ -184,7 +191,11 @@ def _recorded(folder: Path) -> recipes.Settings:
             f"the corpus of the run, {corpus}, is no longer there; put it back, or make the run "
             "anew with another corpus"
         )
-    return _flat(RunConfig.from_dict(recorded))
+    from polyak.training.runs.folder import read_run_config
+
+    config = read_run_config(folder)
+    assert config is not None, "looked at above"
+    return _flat(config)
 
 
 def _flat(config: RunConfig) -> recipes.Settings:

@@ -18,13 +18,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from polyak.errors import ConfigError, RunError, unknown
-from polyak.files import make_folder
+from polyak.files import give_usual_permissions, make_folder
 from polyak.interop.huggingface.configuration import NAMES, PolyakConfig
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
-from polyak.training.runs.model_files import write_stub
+from polyak.training.runs.model_files import (
+    WEIGHTS_FILE,
+    check_weights,
+    write_stub,
+    write_weights_hash,
+)
+from polyak.trust import trusting
 
 _SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
@@ -96,13 +103,18 @@ class PolyakPreTrainedModel(PreTrainedModel):
         """Load a model; arguments as everywhere in transformers.
 
         Raises:
-            RunError: weights are missing, left over, or have other shapes.
+            RunError: weights are missing, left over, have other shapes, or are not those that
+                were written.
+            TrustError: its rule is code that was not made here, and `trust_remote_code` not true.
         """
         want_info = kwargs.pop("output_loading_info", False)
         # mismatches come back by name then, instead of as an error that names nothing
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = super().from_pretrained(name, *args, **kwargs)
+            if name is not None:
+                _check_weights(os.fspath(name), kwargs)
+            with trusting(bool(kwargs.get("trust_remote_code"))):
+                loaded: Any = super().from_pretrained(name, *args, **kwargs)
         except SafetensorError as error:
             raise RunError(f"{name}: the weights cannot be read: {error}") from error
         model, info = loaded
@@ -138,6 +150,10 @@ class PolyakPreTrainedModel(PreTrainedModel):
             raise RunError("save_pretrained(push_to_hub=True): call push_to_hub(repo_id) instead")
         write_stub(make_folder(Path(save_directory)))
         super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for file in Path(save_directory).glob("*.safetensors"):
+                give_usual_permissions(file)
+            write_weights_hash(Path(save_directory))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload weights, configuration and a model card; see `polyak.interop.huggingface.push`."""
@@ -282,6 +298,20 @@ def _slice(logits_to_keep: int | Tensor) -> slice | Tensor:
     if isinstance(logits_to_keep, int):
         return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
     return logits_to_keep
+
+
+def _check_weights(name: str, kwargs: dict[str, Any]) -> None:
+    """See that weights are those that were written: of a folder, or in the hub's cache."""
+    options = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    given = {key: kwargs[key] for key in options if kwargs.get(key) is not None}
+    if os.path.isdir(name):
+        check_weights(Path(name, given.get("subfolder", "")))
+        return
+    for what in ("missing_entries", "connection_errors", "gated_repo"):  # loading says it better
+        given[f"_raise_exceptions_for_{what}"] = False
+    found = cached_file(name, WEIGHTS_FILE, **given)
+    if found is not None and cached_file(name, "model.safetensors", **given) is not None:
+        check_weights(Path(found).parent)  # one folder of the cache has both
 
 
 def _names(found: Any) -> str:

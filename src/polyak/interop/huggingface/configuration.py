@@ -6,13 +6,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from polyak.errors import ConfigError, PolyakError, RuleError, unknown
+from polyak.files import read_json, write_json
 from polyak.nn.config import ModelConfig
+from polyak.nn.pieces import (
+    AXES,
+    FOLDER,
+    brings_code,
+    code_folder,
+    keep,
+    opened,
+    portable_values,
+)
 from polyak.settings import check_keys
 from polyak.training.runs.model_files import (
     MODEL_TYPE,
@@ -21,8 +33,10 @@ from polyak.training.runs.model_files import (
     auto_classes,
     standard_values,
 )
+from polyak.trust import is_trusted, trusting
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+_PRIVATE = ("_from_data",)
 _DERIVED = ("num_hidden_layers", "num_key_value_heads")
 _NAMES = {
     **STANDARD_NAMES,
@@ -55,12 +69,19 @@ def _head_width(fields: Mapping[str, Any]) -> int:
     return int(fields["head_dim"] or fields["d_model"] // fields["num_heads"])
 
 
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is known of this object only."""
+    return {key: value for key, value in values.items() if key not in _PRIVATE}
+
+
 def _field(ours: str) -> property:
     def read(self: PolyakConfig) -> Any:
         return self.polyak[ours]
 
     def write(self: PolyakConfig, value: Any) -> None:
         self.polyak[ours] = value
+        if ours in AXES:  # named by whoever sets it, not by the folder
+            self._from_data = False
 
     return property(read, write, doc=f"`ModelConfig.{ours}`.")
 
@@ -151,10 +172,38 @@ class PolyakConfig(PretrainedConfig):
         # transformers 4 has it as an argument and would set its own default
         kwargs["tie_word_embeddings"] = fields["tie_embeddings"]
         super().__init__(**kwargs)
+        # last, as `kwargs` may be anything that a file says
+        self._from_data = False
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As everywhere in transformers; with `trust_remote_code=True`, code of the folder runs.
+
+        Raises:
+            TrustError: it brings code that was not made here, without that word.
+        """
+        with trusting(bool(kwargs.get("trust_remote_code"))):
+            found = super().from_pretrained(name, **kwargs)
+            config = found[0] if isinstance(found, tuple) else found
+            config.name_or_path = os.fspath(name)
+            if brings_code(config.polyak):
+                config.model_config()
+        return found
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save `config.json`, and with it the code of a rule of the user's own."""
+        super().save_pretrained(save_directory, **kwargs)
+        if brings_code(self.polyak):
+            config, folder = self.model_config(), Path(save_directory)
+            keep(folder, config, origins=False)
+            written = read_json(folder / "config.json")
+            write_json(folder / "config.json", {**written, "polyak": portable_values(config)})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration of a `config.json`, with overrides under our names or standard ones.
+
+        Code that the file names is not run by this.
 
         Raises:
             UnknownNameError: nobody knows an override; the nearest is offered.
@@ -164,19 +213,27 @@ class PolyakConfig(PretrainedConfig):
         config_dict = {**config_dict, **{name: kwargs.pop(name) for name in ids}}
         if not kwargs.get("return_unused_kwargs"):  # else the caller looks after the rest
             _check_known(kwargs)
+        changed: dict[str, Any] = {}
         if given:
             changed = {ours: value for ours, (_, value) in _in_our_names(given).items()}
             stale = {*_NAMES, "head_dim"}
             config_dict = {k: v for k, v in config_dict.items() if k not in stale}
             config_dict["polyak"] = {**config_dict.get("polyak", {}), **changed}
-        return super().from_dict(config_dict, **kwargs)
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config._from_data = not AXES.keys() & changed.keys()  # code that the caller names is theirs
+        return found
 
     def model_config(self) -> ModelConfig:
         """The architecture, validated.
 
         Raises:
             PolyakError: a field cannot work, or the rule is not found here.
+            TrustError: the rule is code that came with the folder, and there is no word for it.
         """
+        if self._from_data and brings_code(self.polyak):
+            self.polyak = opened(self._code_folder(), self.polyak)
+            self._from_data = False
         try:
             return ModelConfig.from_dict(self.polyak)
         except RuleError as error:
@@ -184,6 +241,19 @@ class PolyakConfig(PretrainedConfig):
                 f"{error}; if it lies elsewhere on this machine, pass "
                 "rule='path/to/file.py:ClassName' to from_pretrained"
             ) from error
+
+    def _code_folder(self) -> Path:
+        """Where the code lies that came with this configuration; fetched from the hub, if need be.
+
+        Fetching runs nothing, and happens after the user's word only.
+        """
+        name = str(self.name_or_path or ".")
+        place = Path(name)
+        if place.is_dir() or not is_trusted():
+            return code_folder(place)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=[f"{FOLDER}/*"]))
 
     @property
     def num_hidden_layers(self) -> int:
@@ -202,11 +272,11 @@ class PolyakConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the standard names."""
-        return self._with_names(super().to_dict())
+        return self._with_names(_plain(super().to_dict()))
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` gets: the architecture in full, other values where not default."""
-        return self._with_names(super().to_diff_dict())
+        return self._with_names(_plain(super().to_diff_dict()))
 
     def _with_names(self, values: dict[str, Any]) -> dict[str, Any]:
         values |= {theirs: self.polyak[ours] for theirs, ours in STANDARD_NAMES.items()}

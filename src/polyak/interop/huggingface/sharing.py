@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 from polyak.errors import ConfigError, RunError
 from polyak.files import make_folder, reason, write_atomic
 from polyak.interop.card import card, model_card
+from polyak.trust import trusting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def share(run: str | Path, folder: str | Path, *, place: str | None = None) -> Path:
+def share(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    place: str | None = None,
+    trust_code: bool = False,
+) -> Path:
     """Copy a finished run's model into a folder, as people will load it, with its card.
 
     Runs written before polyak knew of Hugging Face get the files they lack.
@@ -24,20 +31,22 @@ def share(run: str | Path, folder: str | Path, *, place: str | None = None) -> P
         run: the run's folder.
         folder: a new or empty folder.
         place: what the card's example loads; default the folder's name.
+        trust_code: run the code of a rule that comes with the run.
 
     Returns:
         The folder: config.json, modeling_polyak.py, model.safetensors, tokenizer files,
-        generation_config.json, README.md.
+        generation_config.json, README.md, and the code of a rule of the user's own.
 
     Raises:
         RunError: not a finished run, or the folder is not empty or cannot be written.
     """
     from polyak.training.runs.folder import load_run
-    from polyak.training.runs.model_files import write_model_files
+    from polyak.training.runs.model_files import write_model_files, write_weights_hash
 
     target = Path(folder)
-    text = model_card(run, place=place or target.name)
-    model, tokenizer = load_run(run)  # refuses what does not load
+    with trusting(trust_code):
+        text = model_card(run, place=place or target.name)
+        model, tokenizer = load_run(run)  # refuses what does not load
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} is not an empty folder; choose another")
     make_folder(target)
@@ -49,6 +58,7 @@ def share(run: str | Path, folder: str | Path, *, place: str | None = None) -> P
         shutil.copyfile(source, target / source.name)
     except OSError as error:
         raise RunError(f"cannot copy {source} to {target}: {reason(error)}") from error
+    write_weights_hash(target)
     write_atomic(target / "README.md", text)
     return target
 
@@ -60,6 +70,7 @@ def push(
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str | None = None,
+    trust_code: bool = False,
 ) -> str:
     """Upload a finished run's model to the hub, with its tokenizer and card.
 
@@ -69,6 +80,7 @@ def push(
         private: of a new repository; None as the account says.
         token: an access token; None for the one that `hf auth login` stored.
         commit_message: of the upload.
+        trust_code: run the code of a rule that comes with the run.
 
     Returns:
         Address of the commit.
@@ -77,7 +89,7 @@ def push(
         RunError: not a finished run, or the upload fails, with the reason and what to do.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = share(run, Path(scratch) / "model", place=repo_id)
+        folder = share(run, Path(scratch) / "model", place=repo_id, trust_code=trust_code)
         return _upload(folder, repo_id, private, token, commit_message)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak import formats
 from polyak.compare.results import mean_scalars
-from polyak.errors import PolyakError, RunError
+from polyak.errors import PolyakError, RunError, TrustError
 from polyak.files import read_json
 from polyak.training.machine import heading
 from polyak.training.runs.folder import RunFolder
@@ -67,7 +67,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         "rule": settings["model"]["rule"],
         "seed": settings["training"]["seed"],
         "status": "finished" if result else "unfinished",
-        "parameters": _parameters(settings["model"]),
+        "parameters": _parameters(settings["model"], folder),
         "step": last.get("step", 0),
         "steps": settings["training"]["steps"],
         "tokens": last.get("tokens"),
@@ -144,13 +144,16 @@ def _last_scalars(rows: Sequence[Row]) -> Any:
     return None
 
 
-def _parameters(model: Mapping[str, Any]) -> int | None:
+def _parameters(model: Mapping[str, Any], folder: Path) -> int | None:
     """Parameters of a model; None where a user's rule is no longer there to ask."""
     from polyak.nn.config import ModelConfig
     from polyak.nn.cost import cost
+    from polyak.nn.pieces import opened
 
     try:
-        return cost(ModelConfig.from_dict(model)).total_parameters
+        return cost(ModelConfig.from_dict(opened(folder, model))).total_parameters
+    except TrustError:
+        raise
     except PolyakError:
         return None
 

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polyak.errors import RunError
-from polyak.files import parse_json, reason, sync_file
+from polyak.files import give_usual_permissions, parse_json, reason, sync_file
 from polyak.training.dtensors import is_sharded
 from polyak.training.processes.world import World
 
@@ -194,6 +194,7 @@ def _file_name(name: str, number: int, count: int) -> str:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> RunError | None:
     try:
         save_file(tensors, path, metadata=metadata)
+        give_usual_permissions(path)
         sync_file(path)
     except (OSError, SafetensorError) as error:
         return RunError(f"cannot write {path}: {_one_line(error)}")

@@ -4,7 +4,8 @@ checkpoints/step-000100/
     model.safetensors       weights (one file per process when they are sharded)
     optimizer.safetensors   optimizer state, by the name of its parameter
     state.json              counters of the loop
-    manifest.json           step, and size and SHA-256 of every other file; written last
+    manifest.json           step, whose it is (the run's identity), and size and SHA-256 of every
+                            other file; written last
 
 A checkpoint is written under another name, flushed to the disk and renamed, so a killed process
 leaves whole checkpoints only. Nothing in one is a pickle, and loading one runs no code.
@@ -64,10 +65,13 @@ class Checkpoints:
         folder: the run's `checkpoints` folder; made at the first save.
         keep: how many of the newest to keep.
         world: the processes that save together; every one of them calls `save`.
+        run: identity of the run, which every checkpoint carries; None for older runs.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(
+        self, folder: Path, *, keep: int = 2, world: World, run: str | None = None
+    ) -> None:
+        self.folder, self.keep, self.world, self.run = folder, keep, world, run
 
     def save(
         self,
@@ -101,7 +105,7 @@ class Checkpoints:
             self.world.barrier()
             if self.world.main:
                 write_json(aside / "state.json", dict(state))
-                _write_manifest(aside, step)
+                _write_manifest(aside, step, self.run)
                 sync_folder(aside)
                 if final.exists():  # only a damaged one can be: a whole one would have been resumed
                     self._put_away(final)
@@ -130,12 +134,21 @@ class Checkpoints:
     def _newest_whole(self) -> Path | None:
         for path in reversed(self._folders()):
             try:
-                _check(path)
+                manifest = _check(path)
             except RunError as problem:
                 warnings.warn(f"{problem}; trying the one before", stacklevel=3)
             else:
+                self._check_owner(path, manifest)
                 return path
         return None
+
+    def _check_owner(self, path: Path, manifest: dict[str, Any]) -> None:
+        if manifest.get("run", self.run) != self.run:
+            raise RunError(
+                f"checkpoint {path} belongs to another run: its identity is "
+                f"{manifest.get('run')!r}, this run's {self.run!r}; move it back to where it "
+                "came from"
+            )
 
     def last_path(self) -> Path | None:
         """The newest checkpoint folder, by name only; for messages."""
@@ -199,12 +212,12 @@ def _step_of(path: Path) -> int:
     return int(found[1])
 
 
-def _write_manifest(folder: Path, step: int) -> None:
+def _write_manifest(folder: Path, step: int, run: str | None) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
-    made = {"format": formats.current("checkpoint"), "step": step, "files": files}
+    made = {"format": formats.current("checkpoint"), "run": run, "step": step, "files": files}
     write_json(folder / "manifest.json", made)
 
 
@@ -240,8 +253,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check(path: Path) -> None:
-    """Raise RunError unless every file of the checkpoint has its hash."""
+def _check(path: Path) -> dict[str, Any]:
+    """The manifest; raises RunError unless every file of the checkpoint has its hash."""
     manifest = _manifest(path)
     for file, entry in manifest["files"].items():
         try:
@@ -257,6 +270,7 @@ def _check(path: Path) -> None:
             raise RunError(
                 f"checkpoint {path} is damaged: cannot read {file}: {reason(problem)}"
             ) from problem
+    return manifest
 
 
 Every = Callable[[int, float], bool]

@@ -10,7 +10,7 @@ result.json     how the run ended; written last, so a run without it did not fin
 from __future__ import annotations
 
 import json
-import warnings
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from polyak import formats
 from polyak.errors import RunError, UnwritableError
-from polyak.files import make_folder, read_json, sha256_of, write_atomic, write_json
+from polyak.files import make_folder, read_json, write_atomic, write_json
 from polyak.training.machine import environment
 from polyak.training.runs.metrics import rows_of
+from polyak.training.runs.model_files import check_weights, write_weights_hash
+from polyak.trust import trusting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,11 +64,20 @@ class RunFolder:
         """`checkpoints/`."""
         return self.path / "checkpoints"
 
+    def identity(self) -> str | None:
+        """What tells this run from every other; None before it begins, and for older runs."""
+        if not self.settings_file.exists():
+            return None
+        found = self.recorded().get("identity")
+        return found if isinstance(found, str) else None
+
     def begin(
         self,
         settings: dict[str, Any],
         config: RunConfig | None,
         left_out: Mapping[str, Any] | None = None,
+        *,
+        identity: str | None = None,
     ) -> None:
         """Start the run afresh: write `run.json`, clear what an unfinished attempt left.
 
@@ -75,6 +86,7 @@ class RunFolder:
             config: what it was started with, to go on with later from anywhere; None for a model
                 that was trained elsewhere.
             left_out: files that its corpus does without, see `Prepared.left_out`.
+            identity: of the run; drawn when left out.
 
         Raises:
             RunError: the folder cannot be written.
@@ -85,6 +97,7 @@ class RunFolder:
         self._clear(self.result_file, self.metrics_file)
         content = {
             "format": formats.current("run"),
+            "identity": identity or secrets.token_hex(16),
             "settings": settings,
             "config": None if config is None else _anywhere(config),
             "environment": environment(),
@@ -152,10 +165,17 @@ class RunFolder:
         """
         if not self.settings_file.exists():
             return {}
+        from polyak.nn.pieces import same_name
+
         recorded = self.recorded()
         wanted = json.loads(json.dumps(settings))
         kept = _with_defaults(recorded["settings"])
-        differences = {name: [there, now] for name, there, now in _differences(kept, wanted)}
+        differences = {
+            name: [there, now]
+            for name, there, now in _differences(kept, wanted)
+            # a file is its content, which `rule_source` tells, wherever it lies
+            if not (name == "model.rule" and same_name(there, now))
+        }
         refused = [
             f"{name}: {there!r} there, {now!r} now"
             if name != "rule_source"
@@ -215,8 +235,9 @@ def _anywhere(config: RunConfig) -> dict[str, Any]:
     """The configuration with paths that hold in every working folder."""
     from polyak.data.corpora import known_names
     from polyak.data.tokenizer_names import parse_name
+    from polyak.nn.pieces import portable_values
 
-    values = config.to_dict()
+    values = {**config.to_dict(), "model": portable_values(config.model)}
     if config.corpus.partition("[")[0] not in known_names():
         values["corpus"] = str(Path(config.corpus).expanduser().resolve())
     if config.init is not None:
@@ -260,20 +281,29 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path, world: Wo
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     write_model_files(folder, model.config, tokenizer, dtype)
     write_atomic(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_weights_hash(folder)
 
 
-def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
+def load_run(folder: str | Path, *, trust_code: bool = False) -> tuple[Transformer, Tokenizer]:
     """Load a finished run.
 
     Args:
         folder: the run's folder, as written by `polyak train` or `polyak compare`.
+        trust_code: run the code of a rule that comes with the run; code of a run that this user
+            made on this machine needs no such word.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
         RunError: not a run folder, not finished, or its weights do not fit its configuration.
+        TrustError: it brings code that was not made here.
     """
+    with trusting(trust_code):
+        return _load_run(folder)
+
+
+def _load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     from polyak.data.tokenizer_names import load_tokenizer
     from polyak.nn.transformer import Transformer
 
@@ -284,9 +314,8 @@ def load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
         raise RunError(f"{folder} is not a run: run.json is missing{fix}")
     if run.result() is None:
         raise unfinished(folder)
-    config = read_model_config(model_folder)
-    _warn_of_other_rule(config.rule, run.recorded(), run.path)
-    model = Transformer(config)
+    model = Transformer(read_model_config(model_folder))
+    check_weights(model_folder)
     weights = read_weights(model_folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -314,13 +343,47 @@ def read_model_config(model_folder: Path) -> ModelConfig:
 
     Raises:
         RunError: `config.json` is missing, malformed, or not polyak's.
+        TrustError: it names code that was not made here.
     """
     from polyak.nn.config import ModelConfig
+    from polyak.nn.pieces import code_folder, opened
 
     values = read_json(model_folder / "config.json")
     if not isinstance(values, dict) or not isinstance(values.get("polyak"), dict):
         raise RunError(f"{model_folder / 'config.json'} is not a model's: it has no 'polyak' part")
-    return ModelConfig.from_dict(values["polyak"])
+    recorded = _recorded_rule_source(model_folder.parent)
+    return ModelConfig.from_dict(
+        opened(code_folder(model_folder), values["polyak"], recorded=recorded)
+    )
+
+
+def read_run_config(folder: Path) -> RunConfig | None:
+    """What a run was started with; None where `run.json` does not say.
+
+    Raises:
+        RunError: `run.json` is missing or malformed.
+        TrustError: it names code that was not made here.
+        ConfigError: a setting cannot work.
+    """
+    from polyak.nn.pieces import opened
+    from polyak.training.config.run import RunConfig
+
+    config = RunFolder(folder).recorded().get("config")
+    if not isinstance(config, dict):
+        return None
+    recorded = _recorded_rule_source(folder)
+    model = config.get("model")
+    if isinstance(model, dict):
+        config = {**config, "model": opened(folder, model, recorded=recorded)}
+    return RunConfig.from_dict(config)
+
+
+def _recorded_rule_source(folder: Path) -> str | None:
+    """Hash of the rule's code in `run.json`, for runs that have no copy of it."""
+    if not (folder / "run.json").is_file():
+        return None
+    found = RunFolder(folder).recorded()["settings"].get("rule_source")
+    return found if isinstance(found, str) else None
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -338,16 +401,3 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())
         raise RunError(f"{file} cannot be loaded: {reason}") from error
     return weights
-
-
-def _warn_of_other_rule(rule: str, recorded: dict[str, Any], folder: Path) -> None:
-    """Say so if the user's rule file is no longer what the model was trained with."""
-    from polyak.registry import source_of
-
-    file, settings = source_of(rule), recorded["settings"]
-    trained_with = settings.get("rule_source")
-    if file is not None and file.exists() and sha256_of(file) != trained_with:
-        warnings.warn(
-            f"{file} has changed since {folder} was trained; the model may compute something else",
-            stacklevel=3,
-        )

@@ -4,6 +4,8 @@ config.json             what the model is: our part under `polyak`, and the name
 modeling_polyak.py      imports the installed package, for `trust_remote_code=True`
 generation_config.json  the special ids
 tokenizer_config.json   how `tokenizer.json` is to be used
+weights.json            SHA-256 of the weights, which loading checks
+code/                   a user's own rule, see `polyak.nn.pieces`
 
 Written without transformers, which a training machine need not have.
 """
@@ -13,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.files import write_atomic, write_json
+from polyak.errors import RunError
+from polyak.files import read_json, sha256_of, write_atomic, write_json
 
 if TYPE_CHECKING:
     from polyak.data.tokenizers import Tokenizer
@@ -93,6 +96,8 @@ def hugging_face_config(
     config: ModelConfig, tokenizer: Tokenizer | None, dtype: str = "float32"
 ) -> dict[str, Any]:
     """The content of `config.json`."""
+    from polyak.nn.pieces import portable_values
+
     classes = auto_classes(config)
     return {
         "model_type": MODEL_TYPE,
@@ -101,7 +106,7 @@ def hugging_face_config(
         "dtype": dtype,
         **(special_ids(tokenizer) if tokenizer is not None else {}),
         **standard_values(config),
-        "polyak": config.to_dict(),
+        "polyak": portable_values(config),
     }
 
 
@@ -138,13 +143,53 @@ def write_stub(folder: Path) -> None:
 def write_model_files(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32"
 ) -> None:
-    """Write all of these files; weights and `tokenizer.json` are written by others.
+    """Write all of these files; weights, their hash and `tokenizer.json` are written by others.
 
     Raises:
         UnwritableError: the folder cannot be written.
     """
+    from polyak.nn.pieces import keep
+
+    keep(folder, config, origins=False)
     write_stub(folder)
     write_json(folder / "tokenizer_config.json", tokenizer_config(config, tokenizer))
     if config.causal:
         write_json(folder / "generation_config.json", special_ids(tokenizer))
     write_json(folder / "config.json", hugging_face_config(config, tokenizer, dtype))
+
+
+WEIGHTS_FILE = "weights.json"
+
+
+def write_weights_hash(folder: Path) -> None:
+    """Record the SHA-256 of a folder's weights.
+
+    Raises:
+        UnwritableError: the folder cannot be written.
+    """
+    files = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+    write_json(folder / WEIGHTS_FILE, {"sha256": files})
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder's weights are those that were written with them; older ones have no hash.
+
+    Raises:
+        RunError: a file is another one.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.exists():
+        return
+    content = read_json(file)
+    recorded = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(recorded, dict):
+        raise RunError(f"{file} is not a list of hashes: it has no 'sha256'")
+    for name, sha256 in recorded.items():
+        weights = folder / name
+        if weights.parent != folder:
+            raise RunError(f"{file}: {name!r} is not a file of this folder")
+        if weights.is_file() and sha256_of(weights) != sha256:
+            raise RunError(
+                f"{weights} is not the file that was written here: its SHA-256 is another than in "
+                f"{file.name}; copy it again, or remove {file.name} if it was changed on purpose"
+            )
