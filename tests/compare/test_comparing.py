@@ -425,3 +425,37 @@ def test_the_function_returns_what_it_writes(copied: Path, place: Path) -> None:
     bad = dataclasses.replace(config, corpus="nowhere.txt")
     with pytest.raises(PolyakError, match="nowhere"):
         compare(bad)
+
+
+@pytest.mark.slow
+def test_a_rule_that_is_edited_or_deleted_meanwhile_is_the_copy_for_all_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    rule = tmp_path / "own.py"
+    rule.write_text("from helper import SCALE\n" + TWIN.replace("oracle(x)", "SCALE * oracle(x)"))
+    helper = tmp_path / "helper.py"
+    helper.write_text("SCALE = 1.0\n")
+
+    def run(seeds: int, said: str | None) -> dict[str, Any]:
+        assert main(words("own.py:Twin", tmp_path / "out", seeds=seeds, steps=2)) == 0
+        error = capsys.readouterr().err
+        assert (said is None and error == "") or (said is not None and said in error)
+        assert error.count("\n") == (said is not None)
+        return results_of(tmp_path / "out")
+
+    (first,) = run(1, None)["entries"]
+    helper.write_text("SCALE = 0.1\n")
+    (second,) = run(2, "own.py has changed since it was copied into")["entries"]
+    rule.unlink()
+    third = run(3, None)
+    assert first["rule_source"] == second["rule_source"] == third["entries"][0]["rule_source"]
+    settings = [
+        json.loads((tmp_path / "out" / "runs" / f"Twin-seed{n}" / "run.json").read_text())
+        for n in range(3)
+    ]
+    assert {run["settings"]["rule_source"] for run in settings} == {first["rule_source"]}
+    code = first["rule_source"][:12]
+    for folder in (tmp_path / "out", *(tmp_path / "out" / "runs").iterdir()):
+        assert (folder / "code" / code / "helper.py").read_text() == "SCALE = 1.0\n"
