@@ -204,6 +204,31 @@ def test_hugging_faces_classes_ask_for_theirs(stranger: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_the_line_that_began_a_run_goes_on_with_the_copy(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = home / "run" / "code" / "manifest.json"
+    origin = Path(json.loads(manifest.read_text())["pieces"][0]["origin"])
+    line = ["train", "--out", str(home / "run"), "--resume", "--rule", f"{origin}:Mine", "--steps"]
+    assert main([*line, "3"]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    try:
+        origin.write_text(RULE.replace("oracle(x), state", "2 * oracle(x), state"))
+        forget()
+        with pytest.warns(UserWarning, match=r"mine.py has changed since it was copied into"):
+            assert main([*line, "4"]) == 0, capsys.readouterr().err
+        origin.unlink()
+        forget()
+        assert main([*line, "5"]) == 0, capsys.readouterr().err
+    finally:
+        origin.write_text(RULE)
+    other = home / "mine.py"
+    other.write_text(RULE.replace("oracle(x), state", "3 * oracle(x), state"))
+    forget()
+    assert main([*line[:5], f"{other}:Mine", "--steps", "6"]) == 1
+    assert "rule_source: the rule's file is not what it was" in capsys.readouterr().err
+
+
 def test_hugging_faces_door_says_that_a_file_has_changed(home: Path) -> None:
     pytest.importorskip("transformers")
     from polyak.interop.huggingface import PolyakForCausalLM

@@ -360,7 +360,7 @@ def test_a_shared_model_does_not_name_code_to_run(
     content["polyak"]["rule"] = f"{trap}:Rule"
     file.write_text(json.dumps(content))
     assert main(["import", str(run / "model"), str(tmp_path / "again")]) == 1
-    assert "which is not one of polyak's" in capsys.readouterr().err
+    assert "brings code of its own that was not made here" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
     for damaged in ("all of it", 7, {"rule": "gradient_descent", "depth": 3}, None):
         file.write_text(json.dumps({**content, "polyak": damaged}))

@@ -208,7 +208,7 @@ def _opened(folder: Path, axis: str, name: str, recorded: str | None) -> str:
     if file is not None and written is not None and written != sha256:
         warnings.warn(
             f"{file} has changed since {folder} was trained; the model may compute something else",
-            stacklevel=4,
+            stacklevel=1,
         )
     if ours and origin is not None and _hash_there(Path(origin)) not in (None, sha256):
         _say_changed(Path(origin), folder)
@@ -222,7 +222,7 @@ def _hash_there(file: Path) -> str | None:
 def _say_changed(file: Path, folder: Path) -> None:
     warnings.warn(
         f"{file} has changed since it was copied into {folder}; the copy there is used",
-        stacklevel=4,
+        stacklevel=1,
     )
 
 

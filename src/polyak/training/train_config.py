@@ -95,10 +95,6 @@ def resolve(options: TrainOptions) -> RunConfig:
     if options.resume:  # a run keeps its split, whatever is today's
         base = {"split": _recorded(options.out)["split"], **base}
     given = _given(options)
-    if options.resume and "model.rule" in given:
-        from polyak.nn.pieces import known
-
-        given["model.rule"] = known(options.out, given["model.rule"])
     if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
         base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
     return recipes.build(recipes.layered(base, given))
@@ -136,7 +132,7 @@ def _given(options: TrainOptions) -> recipes.Settings:
     if options.rule is not None:
         from polyak.nn.rule_text import parse_rule
 
-        found = parse_rule(options.rule)
+        found = parse_rule(options.rule, kept=options.out if options.resume else None)
         put("model.rule", found.rule, "--rule")
         for field, text in found.fields.items():
             put(f"model.{field}", recipes.from_text(f"model.{field}", text), "--rule")

@@ -27,6 +27,7 @@ FILES = {
     "README.md",
     "config.json",
     "generation_config.json",
+    "weights.json",
     "model.safetensors",
     "modeling_polyak.py",
     "polyak_tokenizer.json",
