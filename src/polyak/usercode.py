@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -89,20 +90,13 @@ def read(path: Path, *, error: type[PolyakError]) -> UserCode:
             return _HELD[path]
         raise error(f"file {str(path)!r} does not exist; give path/to/file.py:ClassName")
     try:
-        files = {path.name: path.read_bytes()}
-        waiting = [path.name]
-        while waiting:
-            name = waiting.pop()
-            for found in _beside(path.parent, name, files[name]):
-                if found not in files:
-                    files[found] = (path.parent / found).read_bytes()
-                    waiting.append(found)
+        files = _with_helpers(path)
     except OSError as problem:
         raise error(f"cannot read {path}: {reason(problem)}") from problem
-    if len(files) > MOST_FILES or sum(map(len, files.values())) > MOST_BYTES:
+    if files is None:
         raise error(
-            f"{path} imports {len(files)} files of its folder, more than {MOST_FILES} or "
-            f"{MOST_BYTES >> 20} MiB; put it where its helpers are alone"
+            f"{path} imports more than {MOST_FILES} files, or {MOST_BYTES >> 20} MiB, of its "
+            "folder; put it where its helpers are alone"
         )
     code = _HELD.get(path)
     if code is None or code.files != files:
@@ -111,6 +105,24 @@ def read(path: Path, *, error: type[PolyakError]) -> UserCode:
 
 
 _HELD: dict[Path, UserCode] = {}
+
+
+def _with_helpers(path: Path) -> dict[str, bytes] | None:
+    """The file and what it imports from its folder; None where that is too much."""
+    files: dict[str, bytes] = {}
+    waiting, left = [path.name], MOST_BYTES
+    while waiting:
+        name = waiting.pop()
+        if name in files:
+            continue
+        with (path.parent / name).open("rb") as handle:
+            content = handle.read(left + 1)
+        left -= len(content)
+        if left < 0 or len(files) >= MOST_FILES:
+            return None
+        files[name] = content
+        waiting += [found for found in _beside(path.parent, name, content) if found not in files]
+    return files
 
 
 def load(code: UserCode) -> ModuleType:
@@ -155,10 +167,8 @@ def _beside(folder: Path, name: str, content: bytes) -> Iterator[str]:
         if (folder / f"{top}.py").is_file() and not (folder / top / "__init__.py").is_file():
             yield f"{top}.py"
         elif any((folder / top).glob("*.py")):
-            yield from sorted(
-                str(PurePosixPath(*file.relative_to(folder).parts))
-                for file in (folder / top).rglob("*.py")
-            )
+            inside = islice((folder / top).rglob("*.py"), MOST_FILES + 1)
+            yield from sorted(file.relative_to(folder).as_posix() for file in inside)
 
 
 @lru_cache(maxsize=256)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from polyak.errors import PolyakError, RuleError
 from polyak.nn.config import ModelConfig
+from polyak.nn.pieces import AXES
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
-from polyak.rules._registry import RULES
 
 LENGTHS = (1, 2, 17)
 TOLERANCE = 1e-9
@@ -37,7 +37,7 @@ TOKENS = 2**12
 
 def has_foreign_pieces(config: ModelConfig) -> bool:
     """Whether a model has pieces that did not come with this package, whose tests probe its own."""
-    return config.rule not in RULES.own_names
+    return any(getattr(config, axis) not in registry.own_names for axis, registry in AXES.items())
 
 
 def probe(config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
