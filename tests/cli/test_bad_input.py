@@ -194,7 +194,7 @@ def test_bad_rule_files_are_one_line(refused: Callable[..., None], tmp_path: Pat
         ("plain.py:Mine", "is not a subclass of polyak.rules.UpdateRule"),
         ("plain.py:number", "is not a subclass of polyak.rules.UpdateRule"),
         ("empty.py:Mine", "Mine defines no step(self, x, state, oracle)"),
-        ("fails.py:Mine", "rule Mine: its step fails when run to measure its cost"),
+        ("fails.py:Mine", "rule Mine: its step fails: RuntimeError"),
         ("taken.py:Mine", "rule name 'adam' is taken"),
         ("stream.py:Mine", "start='somewhere' must be one of"),
         ("good.py:Mine[beta=1]", "'beta'"),
