@@ -44,7 +44,7 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
     try:
         narrow = cast(TextIO, _Narrow(sys.stdout))
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(narrow):
-            found: Config = tyro.cli(
+            read = tyro.cli(
                 _without_none(kind),
                 prog=f"polyak {command}",
                 description=description,
@@ -56,8 +56,9 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
                 ),
                 registry=_paths(),
             )
-        give_word(getattr(found, "trust_code", False))
-        return found
+        give_word(getattr(read, "trust_code", False))
+        names = [field.name for field in dataclasses.fields(cast(Any, kind))]
+        return kind(**{name: getattr(read, name) for name in names})
     except SystemExit as stop:
         if stop.code not in (0, None):
             print(f"polyak {command}: {_one_line(errors.getvalue())}", file=sys.stderr)
