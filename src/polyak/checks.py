@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from polyak.errors import ConfigError
+from polyak.errors import ConfigError, shown_value
 
 
 def is_whole(value: object) -> bool:
@@ -14,11 +14,22 @@ def is_whole(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond a float's range
+        return False
 
 
-def check_whole(name: str, value: object, least: int = 1, *, optional: bool = False) -> None:
-    """See that a field is a whole number of at least `least`, or None where that is allowed.
+def check_whole(
+    name: str,
+    value: object,
+    least: int = 1,
+    *,
+    optional: bool = False,
+    most: int | None = None,
+) -> None:
+    """See that a field is a whole number from `least` to `most`, or None where that is allowed.
 
     Raises:
         ConfigError: it is not.
@@ -27,7 +38,11 @@ def check_whole(name: str, value: object, least: int = 1, *, optional: bool = Fa
         return
     if not is_whole(value) or value < least:  # type: ignore[operator]
         other = ", or none" if optional else ""
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}{other}")
+        raise ConfigError(
+            f"{name}={shown_value(value)} must be a whole number of at least {least}{other}"
+        )
+    if most is not None and value > most:  # type: ignore[operator]
+        raise ConfigError(f"{name}={shown_value(value)} must be at most {most:,}")
 
 
 def check_number(
@@ -46,4 +61,4 @@ def check_number(
     bound = f"from {low:g} to {high:g}" if start is None else start
     if above and high != math.inf:
         bound = f"{start}, up to {high:g}"
-    raise ConfigError(f"{name}={value!r} must be a number {bound}")
+    raise ConfigError(f"{name}={shown_value(value)} must be a number {bound}")

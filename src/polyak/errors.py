@@ -7,6 +7,7 @@ The command line prints them without a traceback; code that calls polyak can cat
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -61,6 +62,40 @@ class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
 
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters, those that turn the direction of text, and unpaired surrogates."""
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Text as a terminal may get it: control characters are written as `\\x1b`.
+
+    Args:
+        text: of a file, a name or a model.
+        keep: characters that stay, as line breaks of a text that has lines.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        sign = found[0]
+        code = ord(sign)
+        return sign if sign in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _UNSEEN.sub(escaped, text)
+
+
+def shown_value(value: object, longest: int = 80) -> str:
+    """A value in a message: its beginning, on one line."""
+    if isinstance(value, str):
+        value = value[: longest + 1]
+    elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
+        return "a whole number of more than 60 digits"
+    elif isinstance(value, list | tuple | dict):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    whole = plain(repr(value))
+    return whole if len(whole) <= longest else f"{whole[:longest]}…"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'adam'?"` for the closest known name, or `""` if nothing is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -70,6 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """The error for an unknown name: offers the nearest and lists what exists."""
     known = list(known)
+    shown = shown_value(name, 200)
     return UnknownNameError(
-        f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(sorted(known))})"
+        f"unknown {kind} {shown}{nearest(name[:200], known)} (known: {', '.join(sorted(known))})"
     )

@@ -251,4 +251,4 @@ def locked(folder: Path, user: str) -> Iterator[None]:
 
 def reason(problem: OSError) -> str:
     """`Permission denied`, without the errno and the path that the message names already."""
-    return problem.strerror or str(problem)
+    return " ".join((problem.strerror or str(problem)).split())

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from polyak.errors import ConfigError, unknown
+from polyak.errors import ConfigError, shown_value, unknown
 
 Config = TypeVar("Config")
 
@@ -132,10 +132,12 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         return convert(value, kind, name)
     if origin is typing.Literal and isinstance(value, str):
         return parse(value, kind, name)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _option(inner, f"{name}.{key}") for key, inner in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(part, arguments[0], name) for part in value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number:
+    if kind is float and number and abs(value) < 1e308:
         return float(value)
     if (kind is int and number and isinstance(value, int)) or (
         kind in (str, bool) and isinstance(value, kind)
@@ -145,7 +147,30 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     expected = what.get(kind) or (
         "a list of numbers" if origin is tuple else "a table" if origin is dict else "text"
     )
-    raise ConfigError(f"{name}={value!r} must be {expected}")
+    raise ConfigError(f"{name}={shown_value(value)} must be {expected}")
+
+
+def _option(value: Any, name: str) -> Any:
+    """An option of a rule: a number, text, true or false, or a list of them."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not all(part is None or isinstance(part, int | float | str) for part in parts):
+        raise ConfigError(f"{name}={shown_value(value)} must be a number, text, true or false")
+    return value
+
+
+def typed(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from a file for the fields of a configuration dataclass, each of its field's type.
+
+    Fields whose type is a configuration of its own are left as they are.
+
+    Raises:
+        ConfigError: a value is of another type; the message names field and type.
+    """
+    hints = _field_types(kind)
+    return {
+        name: value if dataclasses.is_dataclass(hints[name]) else convert(value, hints[name], name)
+        for name, value in values.items()
+    }
 
 
 def parse_free(text: str) -> Any:

@@ -50,9 +50,8 @@ def look(
         measure: called with the command line, the bar and the console; gives the results.
         tables: what is printed of them.
     """
-    from rich.console import Console
-
     from polyak.cli._bars import Bar
+    from polyak.cli._console import Console
 
     line = shlex.join(["polyak", *command.split(), *words])
     console = Console(markup=False, highlight=False)

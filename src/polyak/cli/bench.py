@@ -79,14 +79,13 @@ class BenchConfig:
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     config = parse(BenchConfig, "bench", words, DESCRIPTION)
-    from rich.console import Console
-
     from polyak.bench.attention import attentions
     from polyak.bench.generation import generation
     from polyak.bench.loss import losses
     from polyak.bench.models import Shape, default_rules, models
     from polyak.bench.ops import kernels
     from polyak.bench.timing import load, threads
+    from polyak.cli._console import Console
     from polyak.files import make_folder, write_json
     from polyak.report.pages import check_out
     from polyak.training.machine import environment

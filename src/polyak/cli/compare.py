@@ -37,8 +37,7 @@ examples:
 def main(words: Sequence[str]) -> int:
     """Run the command; 0 when all runs finished, 1 when some failed."""
     config = parse(CompareConfig, "compare", words, DESCRIPTION)
-    from rich.console import Console
-
+    from polyak.cli._console import Console
     from polyak.compare.run import compare
     from polyak.compare.table import print_table
 

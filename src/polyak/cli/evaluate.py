@@ -78,8 +78,7 @@ def main(words: Sequence[str]) -> int:
 
 def _downstream(config: EvaluateOptions, tasks: list[str], words: Sequence[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets
-    from rich.console import Console
-
+    from polyak.cli._console import Console
     from polyak.study.evaluation import downstream
 
     results = downstream.downstream(

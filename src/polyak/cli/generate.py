@@ -14,6 +14,7 @@ import tyro
 
 from polyak import formats
 from polyak.checks import check_whole
+from polyak.cli._console import show
 from polyak.cli._options import parse
 from polyak.errors import ConfigError, DataError
 from polyak.evaluation.sampling_config import SamplingConfig
@@ -180,14 +181,14 @@ class _Batch:
             of = f", sample {sample + 1}" if self.config.num_samples > 1 else ""
             print(f"── prompt {prompt + 1}{of} ──")
         if self.config.echo:
-            print(self.prompts[prompt], end="", flush=True)
+            show(self.prompts[prompt], end="", flush=True)
 
     def _show(self, ends: Sequence[str | None]) -> None:
         """Show what is new of the current row; after its end, the rows below it."""
         while self.current < len(self.rows):
             new = self.texts[self.current][self.shown[self.current] :]
             if new:
-                print(new, end="", flush=True)
+                show(new, end="", flush=True)
                 self.shown[self.current] += len(new)
             if ends[self.current] is None:
                 return

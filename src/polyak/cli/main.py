@@ -85,9 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from polyak.errors import PolyakError, StoppedError
+    from polyak.errors import PolyakError, StoppedError, plain
 
-    warnings.formatwarning = lambda message, *_, **__: f"polyak {command}: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"polyak {command}: warning: {plain(str(message))}\n"
+    )
     try:
         with RaiseAtSignals():
             # no module can be named like a keyword and be imported by a statement: `import_`
@@ -108,13 +110,13 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except ReaderGoneError:  # the reader, `head` for example, has seen enough
         return 0
     except StoppedError as stop:
-        print(f"polyak {command}: {stop}", file=sys.stderr)
+        print(f"polyak {command}: {plain(str(stop))}", file=sys.stderr)
         return STOPPED
     except Exception as error:
         if debug:
             raise
         kind = "" if isinstance(error, PolyakError) else f"{type(error).__name__}: "
-        text = " ".join(str(error).split()) or "no message"
+        text = plain(" ".join(str(error).split())) or "no message"
         hint = "" if isinstance(error, PolyakError) else " (--debug shows where)"
         print(f"polyak {command}: {kind}{text}{hint}", file=sys.stderr)
         return 1

@@ -154,7 +154,7 @@ def _speed(done: Done, seconds: float) -> str:
 @contextmanager
 def _watching() -> Iterator[tuple[Progress, list[Done]]]:
     """A progress function that shows a live line on a terminal, else a line now and then."""
-    from rich.console import Console
+    from polyak.cli._console import Console
 
     console = Console(stderr=True, highlight=False)
     seen: list[Done] = []
@@ -199,9 +199,8 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _bench(config: PrepareConfig) -> int:
-    from rich.console import Console
-
     from polyak.bench import data as bench
+    from polyak.cli._console import Console
     from polyak.files import make_folder, write_json
     from polyak.report.pages import check_out
     from polyak.report.tables import house_table

@@ -59,9 +59,10 @@ def main(words: Sequence[str]) -> int:
     if config.format == "markdown":
         print(markdown(found))
         return 0
-    from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
+
+    from polyak.cli._console import Console
 
     console = Console(highlight=False)
     console.print(

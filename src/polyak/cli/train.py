@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command; 0 when the run is finished, or with --dry-run when it can work."""
     options = parse(TrainOptions, "train", words, DESCRIPTION)
     config = resolve(options)
-    from rich.console import Console
+    from polyak.cli._console import Console
 
     console = Console(markup=False, highlight=False)
     if options.dry_run:

@@ -18,6 +18,7 @@ import numpy as np
 
 from polyak.errors import DataError
 from polyak.files import parse_json, write_atomic
+from polyak.reading import fields, file_name, list_of, mapping_of, table, text, whole
 
 NAME = "journal.jsonl"
 _PIECE = 1 << 20
@@ -91,6 +92,14 @@ class Journal:
                 path.unlink()
 
 
+_SHARD = {"file": file_name, "tokens": whole(0, 2**40), "sha256": text(64)}
+_PLACE = {
+    "parts": whole(),
+    "empty": whole(),
+    "sides": mapping_of(table({"shards": list_of(table(_SHARD), 100_000)}), 10),
+}
+
+
 def _line(value: dict[str, Any]) -> str:
     content = json.dumps(value)  # in its own order: the manifest repeats some of it
     return f"{_check(content)} {content}\n"
@@ -100,8 +109,10 @@ def _read(line: str) -> dict[str, Any] | None:
     check, _, content = line.partition(" ")
     if not content.endswith("\n") or check != _check(content[:-1]):
         return None
-    value: dict[str, Any] = parse_json(content, NAME, error=DataError)
-    return value
+    try:
+        return fields(parse_json(content, NAME, error=DataError), NAME, _PLACE, error=DataError)
+    except DataError:
+        return None
 
 
 def _check(content: str) -> str:

@@ -25,6 +25,8 @@ from polyak.errors import DataError
 from polyak.files import parse_json, read_json, read_text
 
 _SPACE = "▁"
+MOST_TOKENS = 2**24
+"""Ids are listed, so they are bounded."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -48,7 +50,9 @@ class KeptTokenizer(Tokenizer):
 
         try:
             self._inner = HuggingFaceTokenizer.from_str(definition)
-        except Exception as problem:  # `tokenizers` raises bare Exception
+        except BaseException as problem:  # `tokenizers` raises bare Exception, and panics
+            if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+                raise
             raise DataError(
                 f"tokenizer.json cannot be read: {' '.join(str(problem).split())}"
             ) from problem
@@ -58,7 +62,11 @@ class KeptTokenizer(Tokenizer):
         self._definition, self._end, self.chat_template = definition, end_of_text, chat_template
         tokens: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
         self._tokens = {number: token for token, number in tokens.items()}
-        self.vocab_size = max(self._tokens) + 1
+        self.vocab_size = max(self._tokens, default=-1) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise DataError(
+                f"tokenizer.json has an id above {MOST_TOKENS:,}, which polyak does not"
+            )
         if end_of_text not in self._tokens:
             raise DataError(f"tokenizer.json has no token {end_of_text} to end a text with")
         self.name = f"kept-{self.vocab_size}"

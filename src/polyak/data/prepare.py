@@ -37,6 +37,17 @@ from polyak.data.tokenizers import BPETokenizer, Tokenizer
 from polyak.data.workspace import building, default_cache, discard, resumable
 from polyak.errors import ConfigError, DataError, MissingExtraError
 from polyak.files import write_json
+from polyak.reading import (
+    fields,
+    file_name,
+    list_of,
+    mapping_of,
+    one_of,
+    optional,
+    table,
+    text,
+    whole,
+)
 
 _SIDES = ("train", "validation")
 SHARD_TOKENS = 64 * 2**20
@@ -228,6 +239,7 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
         DataError: not a prepared folder, or a shard is missing, truncated or corrupt (named).
     """
     manifest = formats.read(folder / "manifest.json", "prepared", error=DataError)
+    fields(manifest, str(folder / "manifest.json"), _MANIFEST, error=DataError)
     try:
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
@@ -246,6 +258,43 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
         raise DataError(f"{folder / 'manifest.json'} is not a manifest: {problem!r}") from problem
     left_out = manifest["corpus"].get("skipped_files", {})
     return Prepared(folder, manifest, tokenizer, **sides, left_out=left_out)
+
+
+_SHARD = {
+    "file": file_name,
+    "tokens": whole(0, 2**40),
+    "text_bytes": whole(),
+    "sha256": text(64),
+}
+_SIDE = table(
+    {
+        "documents": whole(),
+        "tokens": whole(),
+        "text_bytes": whole(),
+        "shards": list_of(table(_SHARD), 100_000),
+    }
+)
+_LEFT_OUT = table({"files": whole(), "first": list_of(text(4096), 100)})
+_MANIFEST = {
+    "fingerprint": text(64),
+    "dtype": one_of(
+        "<u2", "<u4"
+    ),  # never one of objects, which are pointers of the file's choosing
+    "corpus": table(
+        {
+            "name": text(4096),
+            "fingerprint": text(64),
+            "skipped": mapping_of(whole(), 100),
+            "skipped_files": optional(mapping_of(_LEFT_OUT, 100)),
+        }
+    ),
+    "tokenizer": table({"name": text(4096), "fingerprint": text(64), "vocab_size": whole()}),
+    "split": table({"rule": text()}),
+    "train": _SIDE,
+    "validation": _SIDE,
+    "test": optional(_SIDE),
+}
+"""What a manifest must look like before anything that it names is opened."""
 
 
 class _Preparation:

@@ -137,7 +137,9 @@ def _read_json(file: File, text_field: str, skip: int, encoding: str) -> Read:
 def _read_parquet(file: File, text_field: str, skip: int, encoding: str) -> Read:
     arrow, parquet = pyarrow(file.path)
     try:
-        with parquet.ParquetFile(file.path) as table:
+        with parquet.ParquetFile(
+            file.path, thrift_string_size_limit=LONGEST_RECORD, thrift_container_size_limit=1 << 20
+        ) as table:
             names = table.schema_arrow.names
             if text_field not in names:
                 raise _no_field(str(file.path), text_field, names)
@@ -158,9 +160,9 @@ def _read_parquet(file: File, text_field: str, skip: int, encoding: str) -> Read
                     where = f"{file.path}, row {number}"
                     checked = text_of({text_field: text}, text_field, where)
                     yield Document(f"{file.name}:{number}", checked)
-    except arrow.ArrowException as problem:
-        reason = str(problem).splitlines()[0]
-        raise DataError(f"{file.path} is not a readable Parquet file: {reason}") from problem
+    except (arrow.ArrowException, OSError, ValueError, MemoryError) as problem:
+        why = " ".join(str(problem).split())[:200]
+        raise DataError(f"{file.path} is not a readable Parquet file: {why}") from problem
     return skip
 
 
@@ -183,8 +185,9 @@ def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
 
 
 def _no_field(where: str, text_field: str, present: list[str]) -> DataError:
+    names = ", ".join(name[:40] for name in present[:20]) or "none"
     return DataError(
-        f"{where}: no field {text_field!r}; its fields are: {', '.join(present) or 'none'} "
+        f"{where}: no field {text_field!r}; its fields are: {names}{', …' * (len(present) > 20)} "
         "(choose one with text_field)"
     )
 

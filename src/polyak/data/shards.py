@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from polyak.errors import DataError
 from polyak.files import sha256_of
+from polyak.reading import inside
 
 Array = npt.NDArray[Any]
 
@@ -194,7 +195,7 @@ def check_shards(
     Raises `DataError` naming the shard that is missing, truncated or corrupt.
     """
     for shard in shards:
-        path = folder / str(shard["file"])
+        path = inside(folder, str(shard["file"]), error=DataError)
         expected = int(shard["tokens"]) * dtype.itemsize
         try:
             size = path.stat().st_size

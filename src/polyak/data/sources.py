@@ -19,7 +19,7 @@ from polyak.data.encodings import DEFAULT, check_encoding, decoding, holds_bytes
 from polyak.data.left_out import LeftOut, in_words
 from polyak.data.readers import LONGEST_RECORD, File, json_of, pyarrow, read
 from polyak.errors import DataError
-from polyak.files import sha256_of
+from polyak.files import reason, sha256_of
 
 _PIECE = 1 << 20
 
@@ -217,4 +217,4 @@ def _kind_of_json(path: Path) -> str | None:
 
 
 def _cannot_read(path: Path, problem: OSError) -> DataError:
-    return DataError(f"cannot read corpus {path}: {problem.strerror or problem}")
+    return DataError(f"cannot read corpus {path}: {reason(problem)}")

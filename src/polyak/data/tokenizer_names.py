@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -72,7 +73,7 @@ def parse_name(name: str) -> TokenizerName:
             )
         return TokenizerName(name, size=size)
     path = Path(name)
-    if name and "\0" not in name and path.exists():
+    if name and os.path.exists(path):  # False, too, for what can be no path
         return TokenizerName(name, path=path)
     known = nearest(name, [ByteTokenizer.name, GPT2, "bpe-4096"])
     raise ConfigError(
@@ -202,8 +203,8 @@ def _from_text(file: Path) -> list[str]:
 
 def _unfit(file: Path, why: str) -> DataError:
     return DataError(
-        f"{file} is no tokenizer that polyak can use: {why} (needed: byte-level BPE with GPT-2's "
-        f"word splitting and {END_OF_TEXT} as the last id)"
+        f"{file} is no tokenizer that polyak can use: {why[:200]} (needed: byte-level "
+        f"BPE with GPT-2's word splitting and {END_OF_TEXT} as the last id)"
     )
 
 

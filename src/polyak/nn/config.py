@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.presets import Preset, preset_fields
-from polyak.settings import check_keys
+from polyak.settings import check_keys, typed
 
 Splitting = Literal["lie_trotter", "simultaneous"]
 Positions = Literal["learned", "rope"]
@@ -24,6 +24,19 @@ _CHOICES = {
     "norm": NormKind,
     "mlp": MLPKind,
     "activation": Activation,
+}
+
+
+# Far above any model: what a file names is looked at before it is listed or allocated.
+_MOST = {
+    "num_layers": 10_000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "d_model": 2**20,
+    "head_dim": 2**20,
+    "mlp_width": 2**24,
+    "vocab_size": 2**31 - 1,
+    "context_length": 2**31 - 1,
 }
 
 
@@ -98,7 +111,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "vocab_size", "context_length"):
-            check_whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name), most=_MOST[name])
         if self.d_model % self.num_heads:
             divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(divisors, key=lambda h: (abs(h - self.num_heads), h))
@@ -127,7 +140,7 @@ class ModelConfig:
 
     def _check_backbone(self) -> None:
         for name in ("num_kv_heads", "head_dim", "mlp_width"):
-            check_whole(name, getattr(self, name), optional=True)
+            check_whole(name, getattr(self, name), optional=True, most=_MOST[name])
         if self.num_heads % self.kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ConfigError(
@@ -240,6 +253,7 @@ class ModelConfig:
 
         Raises:
             UnknownNameError: a key is not a field; the nearest is offered.
+            ConfigError: a value is of another type, or out of range.
         """
         check_keys(cls, values, "model setting")
-        return cls(**values)
+        return cls(**typed(cls, values))

@@ -122,7 +122,7 @@ def _draw_all(
         if name in drawn:
             _draw(axes, style, drawn[name], scale, faint)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, parse_math=True)
     return scale, shortest, longest
 
 

@@ -79,7 +79,7 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
             )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 8) or 1))
     axes.set_xlabel("layer")
-    axes.set_title(symbol(name), loc="left", fontsize="large")
+    axes.set_title(symbol(name), loc="left", fontsize="large", parse_math=symbol(name) != name)
     return layers > 0
 
 

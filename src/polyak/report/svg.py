@@ -118,6 +118,7 @@ def house_style(size: float, colors: Mapping[str, str] = STAND_IN) -> Iterator[N
         "svg.fonttype": "none",
         "svg.hashsalt": "polyak",
         "mathtext.default": "regular",
+        "text.parse_math": False,  # a name with $ is a name; our own labels ask for it
     }
     try:
         with mpl.rc_context(settings):

@@ -34,6 +34,13 @@ SHAPES = ("d_model", "heads", "head_dim")
 Shape: TypeAlias = tuple[int, ...] | str
 
 
+def _finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond a float's range
+        return False
+
+
 @dataclass(frozen=True)
 class Scalar:
     """A learned scalar: its initial value, domain and the map from the raw parameter.
@@ -82,7 +89,7 @@ class Scalar:
             ConfigError: the value is not a number in the domain.
         """
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(float(value)) or self.raw_of(float(value)) is None:  # type: ignore[arg-type]
+        if not number or not _finite(value) or self.raw_of(float(value)) is None:  # type: ignore[arg-type]
             raise ConfigError(
                 f"rule option {self.name}={value!r}: its initial value must be a number in "
                 f"{self.domain}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def _recorded(folder: Path) -> recipes.Settings:
             f"{file} has no 'config', the settings to go on with; start again in another --out"
         )
     corpus = recorded.get("corpus")
-    if isinstance(corpus, str) and Path(corpus).is_absolute() and not Path(corpus).exists():
+    if isinstance(corpus, str) and Path(corpus).is_absolute() and not os.path.exists(corpus):
         raise RunError(
             f"the corpus of the run, {corpus}, is no longer there; put it back, or make the run "
             "anew with another corpus"

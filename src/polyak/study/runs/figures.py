@@ -45,7 +45,7 @@ def _x_axis(axes: Axes, axis: str, longest: float) -> float:
     scale, label = scale_of(axis, longest)
     axes.set_xlim(-0.01 * longest / scale, 1.02 * longest / scale)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, parse_math=True)
     return scale
 
 
@@ -195,7 +195,7 @@ def scalar_time(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
         _, low = points(run["train"]["step"], found["low"])
         _, high = points(run["train"]["step"], found["high"])
         axes.fill_between(x, low, high, color=style.color, alpha=0.12, linewidth=0)
-    axes.set_title(symbol(name), loc="left", fontsize="large")
+    axes.set_title(symbol(name), loc="left", fontsize="large", parse_math=symbol(name) != name)
     return True
 
 

@@ -14,6 +14,7 @@ from polyak import formats
 from polyak.compare.results import mean_scalars
 from polyak.errors import PolyakError, RunError, TrustError
 from polyak.files import read_json
+from polyak.reading import fields, table, text, whole
 from polyak.training.machine import heading
 from polyak.training.runs.folder import RunFolder
 from polyak.words import listed
@@ -33,6 +34,12 @@ EVENTS = ("resume", "cut", "spike", "skipped", "changed")
 Row = Mapping[str, Any]
 
 
+_SETTINGS = {
+    "model": table({"rule": text()}),
+    "training": table({"seed": whole(), "steps": whole()}),
+}
+
+
 def read_run(folder: Path, name: str) -> dict[str, Any]:
     """All that a report shows of one run, finished or not.
 
@@ -48,6 +55,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     settings, result = recorded["settings"], run.result()
     if "training" not in settings:
         raise RunError(f"{folder} was imported, not trained here: it has no curves to draw")
+    fields(settings, str(run.settings_file), _SETTINGS)
     rows = run.metrics()
     train = [row for row in rows if row["kind"] == "train"]
     checks = [row for row in rows if row["kind"] == "validation"]

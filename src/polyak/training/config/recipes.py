@@ -151,7 +151,7 @@ def _read(name_or_path: str, beside: Path, chain: tuple[str, ...]) -> Settings:
         if name_or_path not in names():
             hint = f"; a file of your own needs the ending .toml, or ./{name_or_path}"
             raise UnknownNameError(
-                f"{unknown('recipe', name_or_path, names())}{hint if path.exists() else ''}"
+                f"{unknown('recipe', name_or_path, names())}{hint if os.path.exists(path) else ''}"
             )
         source, identity = (
             files("polyak.training.config") / "recipe_files" / f"{path}.toml",

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from polyak.checks import check_whole
 from polyak.data.split import NEAR, SPLIT, check_split
-from polyak.errors import ConfigError, unknown
+from polyak.errors import ConfigError, shown_value, unknown
 from polyak.nn.config import ModelConfig
-from polyak.settings import check_keys
+from polyak.settings import check_keys, typed
 from polyak.training.config.training import TrainingConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -97,10 +97,11 @@ class RunConfig:
         check_keys(cls, values, "run setting")
         for name in ("model", "training"):
             if not isinstance(values.get(name), Mapping):
-                raise ConfigError(f"{name}={values.get(name)!r} must be the settings of the {name}")
+                found = shown_value(values.get(name))
+                raise ConfigError(f"{name}={found} must be the settings of the {name}")
         return cls(
             **{
-                **values,
+                **typed(cls, values),
                 "model": ModelConfig.from_dict(values["model"]),
                 "training": TrainingConfig.from_dict(values["training"]),
             }

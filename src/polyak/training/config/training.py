@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from polyak.checks import check_number, check_whole, is_number
 from polyak.errors import ConfigError, unknown
-from polyak.settings import check_keys
+from polyak.settings import check_keys, typed
 
 Optimizer = Literal["muon", "adamw"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -155,4 +155,4 @@ class TrainingConfig:
             UnknownNameError: a key is not a field; the nearest is offered.
         """
         check_keys(cls, values, "training setting")
-        return cls(**values)
+        return cls(**typed(cls, values))

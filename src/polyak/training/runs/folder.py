@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from polyak import formats
 from polyak.errors import RunError, UnwritableError
 from polyak.files import make_folder, read_json, write_atomic, write_json
+from polyak.reading import fields, number, optional, whole
 from polyak.training.machine import environment
 from polyak.training.runs.metrics import rows_of
 from polyak.training.runs.model_files import check_weights, write_weights_hash
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from polyak.nn.transformer import Transformer
     from polyak.training.config.run import RunConfig
     from polyak.training.processes.distributed import World
+
+
+_NUMBERS = ("loss", "seconds", "tokens_per_second", "peak_memory_bytes", "tokens")
+_RESULT = {"steps": optional(whole()), **dict.fromkeys(_NUMBERS, optional(number))}
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,12 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         result: dict[str, Any] = read_json(self.result_file)
-        if not isinstance(result, dict) or not {"steps", "loss"} <= result.keys():
+        try:
+            fields(result, str(self.result_file), _RESULT)
+            known = {"steps", "loss"} <= result.keys()
+        except RunError:
+            known = False
+        if not known:
             raise RunError(
                 f"{self.result_file} is not a result; remove that file, and the run goes on from "
                 "its newest checkpoint"
@@ -305,6 +315,7 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> tuple[Transform
 
 def _load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     from polyak.data.tokenizer_names import load_tokenizer
+    from polyak.nn.cost import cost
     from polyak.nn.transformer import Transformer
 
     run, model_folder = RunFolder(Path(folder)), Path(folder) / "model"
@@ -314,9 +325,15 @@ def _load_run(folder: str | Path) -> tuple[Transformer, Tokenizer]:
         raise RunError(f"{folder} is not a run: run.json is missing{fix}")
     if run.result() is None:
         raise unfinished(folder)
-    model = Transformer(read_model_config(model_folder))
+    config = read_model_config(model_folder)
     check_weights(model_folder)
     weights = read_weights(model_folder / "model.safetensors")
+    held, needed = sum(w.numel() for w in weights.values()), cost(config).total_parameters
+    if held < needed:  # before so much is allocated
+        raise RunError(
+            f"{model_folder}: weights do not fit config.json ({held:,} numbers, {needed:,} needed)"
+        )
+    model = Transformer(config)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -31,6 +31,7 @@ from typing import Any
 
 from polyak.errors import RunError, UnwritableError
 from polyak.files import parse_json, reason, write_atomic
+from polyak.reading import fields, list_of, mapping_of, number, optional, text, whole
 
 
 class MetricsLog:
@@ -143,6 +144,20 @@ def keep_until(path: Path, step: int) -> None:
         write_atomic(path, text)
 
 
+_NUMBER = optional(number)
+_ROW = {
+    "kind": text(40),
+    **dict.fromkeys(("step", "until", "skipped", "allowed"), optional(whole())),
+    **dict.fromkeys(("loss", "tokens", "flops", "seconds", "gradient_norm", "took"), _NUMBER),
+    **dict.fromkeys(("tokens_per_second", "flops_per_second", "memory_bytes"), _NUMBER),
+    **dict.fromkeys(("peak_fraction", "usual"), _NUMBER),
+    "rates": optional(mapping_of(_NUMBER)),
+    "scalars": optional(mapping_of(mapping_of(list_of(_NUMBER)))),
+    "nonfinite": optional(mapping_of(text(40))),
+}
+"""What a row may hold, by name."""
+
+
 def rows_of(content: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of a log's bytes, each with its row; part of a last line is left out.
 
@@ -150,16 +165,13 @@ def rows_of(content: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]
         RunError: a line is not a row; `path` and the line are named.
     """
     *lines, _ = content.split(b"\n")
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
-            row = parse_json(line, "")
-            known = isinstance(row, dict) and "kind" in row and isinstance(row.get("step", 0), int)
+            row = fields(parse_json(line, ""), "", _ROW)
         except RunError:
-            known = False
-        if not known:
             raise RunError(
-                f"{path}, line {number}: not a row of metrics; repair or remove that line"
-            )
+                f"{path}, line {place}: not a row of metrics; repair or remove that line"
+            ) from None
         yield line, row
 
 
