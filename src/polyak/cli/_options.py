@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
 
-from polyak.trust import give_word
-
 Config = TypeVar("Config")
 COLOR = r"\x1b\[[0-9;]*m"
 
@@ -56,7 +54,10 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
                 ),
                 registry=_paths(),
             )
-        give_word(getattr(read, "trust_code", False))
+        if getattr(read, "trust_code", False):
+            from polyak.trust import give_word  # here, for the sake of --help
+
+            give_word(True)
         names = [field.name for field in dataclasses.fields(cast(Any, kind))]
         return kind(**{name: getattr(read, name) for name in names})
     except SystemExit as stop:
