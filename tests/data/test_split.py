@@ -164,9 +164,12 @@ def test_where_nothing_can_be_held_out_one_line_says_why(tmp_path: Path) -> None
     with pytest.raises(DataError, match="3 copies of one document"):
         prepare(str(copies), cache=tmp_path / "cache")
     alike = {f"{n}.txt": words(0, 600) + f"version {n}\n" for n in range(40)}
-    with pytest.raises(DataError, match=r"all \d+ held-out documents .* raise near_duplicates"):
-        prepare(str(folder_of(tmp_path / "alike", alike)), cache=tmp_path / "cache")
-    assert prepare(str(tmp_path / "alike"), cache=tmp_path / "cache", near_duplicates=1)
+    with pytest.warns(UserWarning, match=r"all \d+ held-out documents .* losses will be too low"):
+        kept = prepare(str(folder_of(tmp_path / "alike", alike)), cache=tmp_path / "cache")
+    found = kept.manifest["split"]["near_duplicates"]
+    assert found["documents"] == found["held_out_documents"] > 0
+    assert kept.manifest["validation"]["documents"] == found["documents"]
+    assert "held out all the same" in str(said(kept.manifest["split"]))
     for options in ({"split": 3}, {"split": 0}, {"near_duplicates": 2.0}):
         with pytest.raises(ConfigError, match=r"split=|near_duplicates="):
             prepare(str(copies), cache=tmp_path / "cache", **options)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ with the training side: see `Corpus.splitter`. Runs keep the version they were m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -178,10 +179,8 @@ def without_shared(
     Held-out documents of which a larger share of windows (`polyak.data.windows`) occurs on the
     training side are not held out. With `to="train"` they are trained on, which is repeated until
     none is left, so that with `near=0` no window is on both sides. With `to="nowhere"` they are
-    left out, so that adding a document never moves another from one side to the other.
-
-    Raises:
-        DataError: that would leave nothing to validate on.
+    left out, so that adding a document never moves another from one side to the other. Where
+    that would leave nothing to validate on, all stay, with a warning.
     """
     apart: set[float] = set()
     held: dict[float, tuple[str, int]] = {}  # one of the copies of a document stands for all
@@ -202,11 +201,14 @@ def without_shared(
         for document in _on(documents, splitter, 1):
             if score(document, splitter.by) in new:
                 windows.meet(document.text)
+    now = "on the training side" if to == "train" else "left out"
     if len(apart) == len(held):
-        raise DataError(
+        now = "held out all the same, as there are no others"
+        warnings.warn(
             f"corpus {name!r}: all {len(held)} held-out documents have more than {near:g} of their "
-            f"{WINDOW}-byte windows in common with the training side; raise near_duplicates "
-            "(1 allows everything), or give it more text"
+            f"{WINDOW}-byte windows in common with the training side, so losses will be too low; "
+            "give it more text",
+            stacklevel=2,
         )
     first = [held[number][0] for number in sorted(apart)[:3]]
     found = {
@@ -215,8 +217,8 @@ def without_shared(
         "exact": windows.exact,
         "documents": len(apart),
         "bytes": sum(held[number][1] for number in apart),
-        "held_out_documents": len(held) - len(apart),
-        "now": "on the training side" if to == "train" else "left out",
+        "held_out_documents": len(held) - len(apart) * (len(apart) < len(held)),
+        "now": now,
         "first": first,
     }
     return Splitter(
@@ -226,7 +228,7 @@ def without_shared(
         only_validation=splitter.only_validation,
         only_train=splitter.only_train,
         only=splitter.only,
-        apart=frozenset(apart),
+        apart=frozenset(apart) if len(apart) < len(held) else frozenset(),
         apart_to=to,
         found=found,
     )
