@@ -316,6 +316,7 @@ def test_names_of_this_package_need_no_word(tmp_path: Path) -> None:
 # Permissions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_have_their_folders_usual_permissions(home: Path, tmp_path: Path, mask: int) -> None:
     program = (

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from polyak.checks import check_number
 from polyak.data.documents import Document, LongText, Text, parts_of
-from polyak.data.windows import WINDOW, Shared
 from polyak.errors import ConfigError, DataError
 
 SPLIT = 2
@@ -182,6 +181,8 @@ def without_shared(
     left out, so that adding a document never moves another from one side to the other. Where
     that would leave nothing to validate on, all stay, with a warning.
     """
+    from polyak.data.windows import WINDOW, Shared  # and numpy, which --help does without
+
     apart: set[float] = set()
     held: dict[float, tuple[str, int]] = {}  # one of the copies of a document stands for all
     windows = Shared()
