@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fuzz import Reader, fuzz
+from fuzz import Reader, damaged, fuzz
 from safetensors.torch import load_file
+from tiny_runs import polyak
 
 from polyak import ModelConfig, Transformer, load_run
 from polyak.compare.plan import make_plan  # noqa: F401  # imported before the fork, as all below
@@ -273,3 +275,34 @@ def test_the_readers_read_what_is_not_damaged(readers: dict[str, Reader], tmp_pa
         reader = readers[name]
         shutil.copytree(reader.source, tmp_path / name)
         reader.read(tmp_path / name)
+
+
+COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("run", ("evaluate", ".", "--corpora", "stdlib", "--tokens", "64", "--out", "page")),
+    ("model config", ("generate", ".", "--prompt", "a", "--max-new-tokens", "2")),
+    ("metrics", ("report", ".", "--out", "page")),
+    ("run resumed", ("train", "--out", ".", "--resume", "--dry-run")),
+    ("corpora", ("prepare", ".", "--cache", "cache")),
+    ("recipes", ("train", "--recipe", "a.toml", "--dry-run")),
+    ("tokenizers", ("prepare", "stdlib", "--tokenizer", "kept", "--verify", "--cache", "cache")),
+    ("models", ("import", "gpt2", "out", "--tokenizer", "bytes")),
+    ("released", ("import", "training.pt", "out", "--num-heads", "2")),
+    ("results", ("compare", "--quick", "--steps", "1", "--out", ".")),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2 * len(COMMANDS)))
+def test_a_command_over_a_damaged_folder_ends_in_a_line(
+    number: int, readers: dict[str, Reader], tmp_path: Path
+) -> None:
+    name, words = COMMANDS[number % len(COMMANDS)]
+    made = damaged(replace(readers[name], alone=False), 7000 + number, tmp_path / "damaged")
+    done = polyak(*words, cwd=tmp_path / "damaged", cache=tmp_path / "cache")
+    lines = done.stderr.split("\n")
+    assert done.returncode in (0, 1, 2), (made, done)
+    assert "Traceback" not in done.stderr
+    assert "(--debug shows where)" not in done.stderr, (made, done.stderr)
+    assert all(line.isprintable() for line in lines), (made, done.stderr)
+    if done.returncode:
+        assert lines[-2].startswith(f"polyak {words[0]}: "), (made, done.stderr)
