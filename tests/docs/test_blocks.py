@@ -28,6 +28,7 @@ GIVEN = {
     "convert.md": ("runs/plain",),
     "huggingface.md": ("runs/mine",),
     "recipes.md": ("texts",),
+    "rules.md": ("docs/examples",),
 }
 """What lies in the folder where a page's blocks run: what its reader has by then."""
 EXTRAS = {
@@ -177,7 +178,8 @@ def reader(tmp_path: Path, give: Give) -> Callable[[Path], Path]:
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed")
         for name in GIVEN.get(page.name, ()):
-            shutil.copytree(give(name), tmp_path / name)
+            inside = ROOT / name  # of the clone that the reader has
+            shutil.copytree(inside if inside.exists() else give(name), tmp_path / name)
         return tmp_path
 
     return at
