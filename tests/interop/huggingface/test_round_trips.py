@@ -296,6 +296,14 @@ def test_the_names_of_transformers_models_are_understood(names: dict[str, Any]) 
     assert hf.PolyakConfig.from_dict(config.to_dict()) == config
 
 
+def test_words_about_where_a_configuration_lies_are_no_settings_of_the_model(run: Path) -> None:
+    # as lm-evaluation-harness asks, which hands on what it was not given
+    config = AutoConfig.from_pretrained(
+        run / "model", revision="main", trust_remote_code=False, gguf_file=None, subfolder=""
+    )
+    assert config.polyak["rule"] == "triple_momentum"
+
+
 def test_overrides_of_from_pretrained_are_applied_or_refused(tmp_path: Path) -> None:
     hf.PolyakConfig(rule="adam", num_layers=2, d_model=32, num_heads=2).save_pretrained(tmp_path)
     for name in ("num_hidden_layers", "n_layer", "num_layers"):

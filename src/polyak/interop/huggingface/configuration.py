@@ -61,7 +61,7 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swis
 _HANDED_ON = {
     *("attn_implementation", "auto_map", "code_revision", "dtype", "model_type", "name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "torch_dtype"),
-    *("return_unused_kwargs", "trust_remote_code", "use_cache"),
+    *("gguf_file", "return_unused_kwargs", "trust_remote_code", "use_cache"),
 }
 
 
