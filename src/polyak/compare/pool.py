@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -74,7 +75,9 @@ def run_jobs(
 def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
     """Tell runs to save and stop, and wait for that as long as a large checkpoint may take."""
     for process in processes:
-        process.terminate()
+        # not SIGTERM where there is another: whoever stops us may have sent that to the whole
+        # group, and a second one ends a run at once
+        process.send_signal(getattr(signal, "SIGUSR1", signal.SIGTERM))
     end = time.monotonic() + PATIENCE
     for process in processes:
         try:

@@ -3,7 +3,7 @@
 A process of its own gives every run a clean measurement of its peak memory, and a crash of one
 run leaves the others alone. Progress goes to what was standard output as JSON lines; the last
 line is {"result": …} or {"error": …}. Whatever else is printed, by a user's rule for example,
-goes to the run's log. Told to stop by SIGTERM, it saves a checkpoint first. The process ends when
+goes to the run's log. Told to stop (SIGTERM, SIGUSR1), it saves a checkpoint first. It ends when
 the one that started it does.
 """
 
@@ -23,7 +23,7 @@ from polyak.signals import STOPPED, leave_to_parent
 
 def main(spec_file: str) -> int:
     """Train the run that the spec describes; the exit code is 0, or 1 after an error."""
-    leave_to_parent(but=("SIGTERM",))
+    leave_to_parent(but=("SIGTERM", "SIGUSR1"))
     channel = _take_stdout()
     outlast()
     threading.Thread(target=_end_with_parent, daemon=True).start()
