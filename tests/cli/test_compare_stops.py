@@ -139,7 +139,7 @@ def test_a_comparison_that_is_told_to_stop_saves_what_is_under_way(
     process = start(place, out)
     try:
         os.killpg(process.pid, getattr(signal, which))
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=150)  # runs may take a minute to save
         more = "; the same command goes on with what is done"
         assert error.strip() == f"polyak compare: stopped by {which}{more}"
         assert process.returncode == 75
