@@ -199,7 +199,7 @@ def test_a_damaged_manifest_is_one_clear_line(texts: Path, cache: Path) -> None:
     for content, message in [
         ("{", "not valid JSON"),
         ("[]", "is not a manifest"),
-        ('{"format": 1}', "is not a manifest"),
+        ('{"format": 1}', "fingerprint must be there"),
         ('{"format": 99}', f"has format 99, this polyak reads up to {current}; upgrade polyak"),
         (good.replace(ByteTokenizer().fingerprint, "0"), "is not the one of its manifest"),
     ]:

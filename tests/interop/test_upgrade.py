@@ -250,7 +250,7 @@ def _sha(run: Path) -> str:
         (["--set", "model.num_layers=3"], "model.num_layers=3 differs from 2 of init="),
         (["--set", "model.num_heads=4"], "model.num_heads=4 differs from 2"),
         (["--tokenizer", "bpe-290", "--set", "model.vocab_size=290"], "vocab_size=290 differs"),
-        (["--resume"], "leave out --init"),
+        (["--resume"], "run.json is missing; leave out --resume"),
     ],
 )
 def test_training_from_weights_of_another_model_is_one_line(

@@ -121,6 +121,8 @@ class Unused(UpdateRule):
 
     used = False
 
+    muon_parameters = ("square",)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.later = nn.Parameter(torch.ones(3))

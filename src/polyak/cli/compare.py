@@ -30,7 +30,8 @@ examples:
   polyak compare --rules gradient_descent,my_rule.py:MyRule --corpus ~/texts
   polyak compare --quick --match seconds --out runs/seconds
   polyak compare --quick --sweep training.muon_lr=0.01,0.02,0.04
-  polyak compare --quick --sweep training.muon_lr=0.01,0.02 --sweep training.adam_lr=1e-3,2e-3
+  polyak compare --quick --sweep training.muon_lr=0.01,0.02 \\
+    --sweep training.adam_lr=1e-3,2e-3
   polyak compare --quick --set model.num_layers=6 --set training.batch_size=16"""
 
 

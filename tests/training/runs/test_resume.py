@@ -409,10 +409,11 @@ def test_loading_never_runs_code(corpus: Path, tmp_path: Path, file: str, kind: 
 
 def test_at_least_two_are_kept_and_left_overs_are_swept(corpus: Path, tmp_path: Path) -> None:
     config = run_config(corpus, steps=9, checkpoint_every=1, keep_checkpoints=3)
-    left = tmp_path / "checkpoints" / ".writing-step-000001"
+    killed_at(config, tmp_path, 2)
+    left = tmp_path / "checkpoints" / ".writing-step-000003"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    train(config, tmp_path, last_checkpoint=True)
+    train(config, tmp_path, resume=True, last_checkpoint=True)
     assert checkpoints(tmp_path) == ["step-000007", "step-000008", "step-000009"]
 
 
