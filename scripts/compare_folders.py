@@ -18,7 +18,7 @@ from typing import Any
 
 LEFT_OUT = re.compile(
     r"command|commit|created|updated|began|machine|environment|versions?|tokenizers_version|cpu"
-    r"|folder|path|out|(.*_)?seconds(_.*)?|\w+_per_second|relative_speed|peak_fraction"
+    r"|folder|path|out|took|(.*_)?seconds(_.*)?|\w+_per_second|relative_speed|peak_fraction"
     r"|memory_bytes|peak_memory_bytes|peak_bytes|relative_peak"
 )
 """Names whose values are left out wherever they stand."""
