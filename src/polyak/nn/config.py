@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
+from polyak.nn.attention_registry import KINDS
 from polyak.nn.presets import Preset, preset_fields
 from polyak.settings import check_keys, typed
 
@@ -104,10 +105,16 @@ class ModelConfig:
     """MLP non-linearity: `gelu` (the exact, erf form), `gelu_tanh` (its approximation in GPT-2),
     `silu` or `relu`."""
     dropout: float = 0.0
-    """Probability of dropping embeddings, attention weights and oracle outputs in training."""
+    """Probability of dropping embeddings, attention weights and oracle outputs in training. Only
+    softmax attention has weights to drop."""
     rule_options: dict[str, Any] = field(default_factory=dict, hash=False)
     """The rule's own options: initial values of its scalars, `frozen` (scalars not learned),
     `state_norm` or `update_norm` (`layer` or `none`)."""
+    attention: str = "softmax"
+    """Kind of attention: a registered name (`softmax`, `linear`, `momentum`,
+    `adaptive_momentum`), or `path/to/file.py:Class`."""
+    attention_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The kind's own options; see docs/momentum-transformer.md."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "vocab_size", "context_length"):
@@ -132,11 +139,16 @@ class ModelConfig:
             raise ConfigError(f"dropout={self.dropout!r} must be a number from 0 to below 1")
         if self.stream_start not in (None, "zeros"):
             raise ConfigError(f"stream_start={self.stream_start!r} must be 'zeros' or left out")
-        if not isinstance(self.rule_options, Mapping):
-            raise ConfigError(f"rule_options={self.rule_options!r} must map option names to values")
-        object.__setattr__(self, "rule_options", dict(self.rule_options))
+        for name in ("rule_options", "attention_options"):
+            options = getattr(self, name)
+            if not isinstance(options, Mapping):
+                raise ConfigError(f"{name}={options!r} must map option names to values")
+            object.__setattr__(self, name, dict(options))
         if (self.rule, self.rule_options, self.stream_start) != ("gradient_descent", {}, None):
             self._check_rule()  # the default needs no look-up, which would import torch
+        if (self.attention, self.attention_options) != ("softmax", {}):
+            kind = KINDS.get(self.attention)
+            kind.resolve(self.attention_options, causal=self.causal)
 
     def _check_backbone(self) -> None:
         for name in ("num_kv_heads", "head_dim", "mlp_width"):

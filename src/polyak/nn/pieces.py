@@ -19,11 +19,12 @@ from typing import Any
 from polyak import trust, usercode
 from polyak.errors import RunError, TrustError
 from polyak.files import make_folder, read_json, write_atomic, write_json
+from polyak.nn.attention_registry import KINDS
 from polyak.nn.config import ModelConfig
 from polyak.registry import Registry, source_of
 from polyak.rules._registry import RULES
 
-AXES: dict[str, Registry[Any]] = {"rule": RULES}
+AXES: dict[str, Registry[Any]] = {"rule": RULES, "attention": KINDS}
 """Fields of `ModelConfig` that name a piece, and where its names are found."""
 FOLDER, MANIFEST, FORMAT = "code", "manifest.json", 1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyak import rules
 from polyak.nn import attention
+from polyak.nn.attention import Attention
 from polyak.nn.cache import Cache
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context, context_of
@@ -53,9 +54,9 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """One layer: its oracles, and one instance of the rule for each substep."""
 
-    def __init__(self, config: ModelConfig, rule: type[UpdateRule]) -> None:
+    def __init__(self, config: ModelConfig, rule: type[UpdateRule], kind: type[Attention]) -> None:
         super().__init__()
-        self.attention = attention.get("softmax")(config)
+        self.attention = kind(config)
         self.mlp = MLP(config)
         self.rules = nn.ModuleDict(
             {
@@ -106,7 +107,16 @@ class Transformer(nn.Module):
                 if self._learned(stream)
             }
         )
-        self.blocks = nn.ModuleList(Block(config, self._rule) for _ in range(config.num_layers))
+        kind = attention.get(config.attention)
+        self.attention_scalars = nn.ParameterDict()
+        """Raw coefficients that the kind of attention learns one of for the whole model."""
+        options = kind.resolve(config.attention_options, causal=config.causal)
+        for name, raw in kind.raw_coefficients(options, "model").items():
+            self.attention_scalars[name] = nn.Parameter(torch.full((1,), raw))
+        self._recurrent = kind.recurrent
+        self.blocks = nn.ModuleList(
+            Block(config, self._rule, kind) for _ in range(config.num_layers)
+        )
         self.norm = norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
@@ -117,6 +127,15 @@ class Transformer(nn.Module):
     def rule(self) -> type[UpdateRule]:
         """The class of the model's update rule."""
         return self._rule
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence; None where neither positions nor memory set an end.
+
+        That is where attention remembers a state of constant size, and positions are no table.
+        """
+        endless = self._recurrent and self.config.positions != "learned"
+        return None if endless else self.config.context_length
 
     def init_weights(self, seed: int | None = None) -> None:
         """Draw every weight anew (see the class docstring).
@@ -156,8 +175,8 @@ class Transformer(nn.Module):
             attention_mask: (B, S), true or 1 for real tokens and false or 0 for padding, which
                 nothing attends to; S counts cached tokens too.
             position_ids: (B, T); default 0, 1, … from the first real token.
-            cache: keys and values of the tokens before, to which those of these are appended:
-                `polyak.nn.cache.KeyValueCache`, or a cache of transformers.
+            cache: keys and values (or states) of the tokens before, to which those of these are
+                appended: `polyak.nn.cache.KeyValueCache`, or a cache of transformers.
 
         Raises:
             ConfigError: the sequence is longer than the context, or an argument does not fit.
@@ -215,15 +234,29 @@ class Transformer(nn.Module):
         None where there is nothing to pass: whole sequences without padding and with learned
         positions. One context serves one pass. Arguments and errors are those of `forward`.
         """
-        return context_of(self.config, input_ids, attention_mask, position_ids, cache)
+        return context_of(
+            self.config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            longest=self.longest,
+            shared=self.attention_scalars or None,  # type: ignore[arg-type]  # torch's own mapping
+        )
 
     def scalars(self) -> dict[str, dict[str, list[float]]]:
-        """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`."""
+        """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`.
+
+        Those of the kind of attention are `attention.mu`, under the substep `attention`.
+        """
         values: dict[str, dict[str, list[float]]] = {}
         for block in self.blocks:
             for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
                 for name, value in rule.scalar_values().items():
                     values.setdefault(name, {}).setdefault(substep, []).append(value)
+            kind: Any = block.attention
+            for name, value in kind.scalar_values(self.attention_scalars).items():
+                values.setdefault(f"attention.{name}", {}).setdefault("attention", []).append(value)
         return values
 
     def _learned(self, stream: Stream) -> bool:

@@ -1,7 +1,8 @@
 """Kinds of attention: one file a kind, found as update rules are (`polyak.registry`).
 
-`names()` lists the kinds, `get(name)` returns a kind's class, `register` adds one. Nothing here
-imports torch until a kind is looked up.
+`names()` lists the kinds, `get(name)` returns a kind's class, `register` adds one. A kind declares
+its options with `choice`, `flag`, `number`, `positive`, `unit` and `whole`. Nothing here imports
+torch until a kind is looked up.
 """
 
 from __future__ import annotations
@@ -9,27 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from polyak.errors import AttentionError
-from polyak.registry import Registry
+from polyak.nn.attention._options import choice, flag, number, positive, unit, whole
+from polyak.nn.attention_registry import KINDS
 
 if TYPE_CHECKING:
     from polyak.nn.attention._base import Attention
 
 Kind = TypeVar("Kind", bound="type[Attention]")
 
-__all__ = ["Attention", "get", "names", "register"]
+__all__ = [
+    "Attention",
+    "choice",
+    "flag",
+    "get",
+    "names",
+    "number",
+    "positive",
+    "register",
+    "unit",
+    "whole",
+]
 
 
-def _root() -> type[Attention]:
-    from polyak.nn.attention._base import Attention
-
-    return Attention
+names = KINDS.names
 
 
-KINDS = Registry(
-    "attention", "polyak.nn.attention", "polyak.attention", _root, AttentionError, first="softmax"
-)
-names, get = KINDS.names, KINDS.get
+def get(name: str) -> type[Attention]:
+    """The kind called `name`, in one of the forms of `polyak.registry`.
+
+    Raises:
+        UnknownNameError: there is none; the nearest name is offered.
+        AttentionError: a user's file does not import or does not define the class.
+    """
+    kind: type[Attention] = KINDS.get(name)
+    return kind
 
 
 def register(name: str) -> Callable[[Kind], Kind]:
@@ -49,5 +63,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
 
 def __getattr__(name: str) -> Any:
     if name == "Attention":
-        return _root()
+        from polyak.nn.attention._base import Attention
+
+        return Attention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,13 +6,15 @@ its own way.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyak.errors import AttentionError
+from polyak.errors import AttentionError, ConfigError
+from polyak.nn.attention._options import Coefficient, Option, learned_option, resolve
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 from polyak.nn.norms import head_norm, norm
@@ -26,9 +28,30 @@ class Attention(nn.Module):
     and values, H/H_kv neighbours each; with rotary positions, queries and keys are turned, after
     their own norms where there are any. Weights qkv ((H + 2H_kv)·D, d), queries first, then keys,
     then values; and out (d, H·D).
+
+    Class attributes a kind may set:
+        equation: one line for tables.
+        paper: where it is from.
+        recurrent: decoding remembers a state of constant size (`Context.recall`), not keys and
+            values, so a sequence may be longer than the context where positions allow it.
+        causal_only: there is no form of it in which a token sees later ones.
+        declared: the options, collected from the class body (made by `choice`, `flag`, `number`,
+            `positive`, `unit` or `whole` of `polyak.nn.attention`), not set by hand.
     """
 
     name: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    recurrent: ClassVar[bool] = False
+    causal_only: ClassVar[bool] = False
+    declared: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
+        learned = (learned_option(o) for o in own.values() if isinstance(o, Coefficient))
+        cls.declared = {**cls.declared, **own, **{option.name: option for option in learned}}
+        cls.name = vars(cls).get("name") or cls.__name__
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,11 +60,80 @@ class Attention(nn.Module):
         self.num_kv_heads, self.head_dim = config.kv_heads, config.head_width
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.rope_scaling = config.rope_scaling
+        self.options = self.resolve(config.attention_options, causal=config.causal)
         self.norm = norm(config)
         self.qkv = nn.Linear(d, config.qkv_width, bias=bias)
         self.q_norm = head_norm(config) if config.qk_norm else None
         self.k_norm = head_norm(config) if config.qk_norm else None
         self.out = nn.Linear(config.heads_width, d, bias=config.bias)
+        for name, shape in (("layer", 1), ("head", self.num_kv_heads)):
+            for raw_name, raw in self.raw_coefficients(self.options, name).items():
+                self.register_parameter(raw_name, nn.Parameter(torch.full((shape,), raw)))
+
+    @classmethod
+    def resolve(cls, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
+        """Every option of the kind with its value: the user's, or the default.
+
+        Args:
+            options: the user's `attention_options`.
+            causal: of the model.
+
+        Raises:
+            UnknownNameError: an option the kind does not have; the nearest is offered.
+            ConfigError: a value out of range, options that do not go together, or a model that is
+                not causal for a kind that is.
+        """
+        if cls.causal_only and not causal:
+            raise ConfigError(
+                f"attention={cls.name!r} is causal, and this model has causal=false; use "
+                "causal=true, or another kind"
+            )
+        return resolve(cls.name, cls.declared, options, causal)
+
+    @classmethod
+    def raw_coefficients(cls, options: Mapping[str, Any], of: str) -> dict[str, float]:
+        """Raw start by parameter name of the coefficients learned for each `of` (of `LEARNED`)."""
+        return {
+            f"{name}_raw": option.raw(float(options[name]))
+            for name, option in cls.declared.items()
+            if isinstance(option, Coefficient) and options[f"{name}_learned"] == of
+        }
+
+    @property
+    def sees_length(self) -> bool:
+        """Whether what a token reads depends on how many tokens follow, though not on which."""
+        return False
+
+    def coefficient(self, name: str, context: Context | None = None) -> Any:
+        """A coefficient's value: a number, or where it is learned a tensor (), (1,) or (H_kv,)."""
+        option = self.declared[name]
+        assert isinstance(option, Coefficient)
+        of = self.options[f"{name}_learned"]
+        if of == "none":
+            return self.options[name]
+        if of != "model":
+            return option.constrain(getattr(self, f"{name}_raw"))
+        if context is None or context.shared is None:
+            raise AttentionError(
+                f"{name} is the model's: pass Transformer.context(...) to its blocks"
+            )
+        return option.constrain(context.shared[f"{name}_raw"])
+
+    @torch.no_grad()
+    def scalar_values(self, shared: Mapping[str, Tensor]) -> dict[str, float]:
+        """The learned coefficients' current values, by name.
+
+        Of one for each head, its mean, and under `NAME.std` its standard deviation over heads.
+        """
+        values: dict[str, float] = {}
+        for name, option in self.declared.items():
+            if not isinstance(option, Coefficient) or self.options[f"{name}_learned"] == "none":
+                continue
+            value = self.coefficient(name, Context(shared=shared))
+            values[name] = float(value.mean())
+            if self.options[f"{name}_learned"] == "head":
+                values[f"{name}.std"] = float(value.std(correction=0))
+        return values
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, T, d) → (B, T, d); with a context, padding is not seen and cached keys are."""
@@ -81,7 +173,7 @@ class Attention(nn.Module):
             k: keys (B, H_kv, T, D).
             v: values (B, H_kv, T, D).
             context: padding and what is cached; None for whole sequences.
-            dropout: probability of dropping attention weights.
+            dropout: probability of dropping attention weights, for kinds that have such weights.
 
         Returns:
             (B, H, T, D).

@@ -13,6 +13,9 @@ from polyak.nn.context import Context
 class SoftmaxAttention(Attention):
     r"""softmax(QKᵀ/√D) V per head, causal if the model is."""
 
+    equation = "o = softmax(QKᵀ/√D) V"
+    paper = "arXiv:1706.03762"
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context | None, dropout: float
     ) -> Tensor:
@@ -20,7 +23,8 @@ class SoftmaxAttention(Attention):
         mask, causal = None, self.causal
         if context is not None:
             k, v = context.extend(k, v)
-            mask, causal = context.mask, causal and context.mask is None and not context.past
+            mask = context.visible(q.device)
+            causal = causal and mask is None and not context.past
         if self.num_kv_heads == self.num_heads:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
