@@ -69,9 +69,10 @@ def configuration(config: RunConfig) -> Iterator[str]:
     """The resolved configuration as lines of TOML, which can be saved as a recipe."""
     values = config.to_dict()
     tables = {name: values.pop(name) for name in recipes.SECTIONS}
-    options = tables["model"].pop("rule_options")
+    names = [name.rstrip(".") for name in recipes.OPTIONS]
+    options = {name: tables["model"].pop(name.removeprefix("model.")) for name in names}
     yield from _assignments(values)
-    for name, table in (*tables.items(), (recipes.FREE.rstrip("."), options)):
+    for name, table in (*tables.items(), *options.items()):
         if table:
             yield ""
             yield f"[{name}]"

@@ -14,6 +14,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
@@ -76,9 +77,13 @@ def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry
             f"rules: {text!r}: entries that differ in context_length would not see the same "
             "batches; set it for all, with --set model.context_length=N"
         )
-    model = dataclasses.replace(base, rule="gradient_descent", rule_options={}, stream_start=None)
+    plain: dict[str, Any] = {"rule": "gradient_descent", "attention": "softmax"}
+    plain |= {"rule_options": {}, "attention_options": {}, "stream_start": None}
+    model = dataclasses.replace(base, **plain)
     settings = dict(found.fields)
     start = settings.pop("stream_start", base.stream_start)
+    attention = settings.pop("attention", base.attention)
+    inherited = base.attention_options if attention == base.attention else {}
     model = replace_all(model, settings)
     if start is not None and str(start).lower() == "none":
         start = None
@@ -87,6 +92,8 @@ def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry
         rule=found.rule,
         rule_options={**base.rule_options, **found.options},
         stream_start=start,  # type: ignore[arg-type]  # checked by ModelConfig
+        attention=attention,
+        attention_options={**inherited, **found.attention_options},
     )
     return Entry(found.label, model)
 

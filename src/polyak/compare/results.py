@@ -12,7 +12,7 @@ from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan, corpus_summary
 from polyak.compare.pool import Job
 from polyak.nn.cost import cost
-from polyak.nn.pieces import portable_values, source_hash
+from polyak.nn.pieces import other_sources, portable_values, source_hash
 from polyak.statistics.verdict import complete
 from polyak.training.machine import heading, now
 from polyak.training.runs.folder import RunFolder
@@ -81,7 +81,8 @@ def _sweep_setting(plan: Plan) -> str | list[str] | None:
 
 def _shared_model(plan: Plan) -> dict[str, Any]:
     model = plan.base.model.to_dict()
-    return {name: value for name, value in model.items() if name not in ("rule", "rule_options")}
+    own = ("rule", "rule_options", "attention", "attention_options")
+    return {name: value for name, value in model.items() if name not in own}
 
 
 def _entry(
@@ -101,6 +102,7 @@ def _entry(
         "equation": rules.get(entry.model.rule).title(),
         "model": portable_values(entry.model),
         "rule_source": source_hash(entry.model.rule),
+        **other_sources(entry.model),
         "steps": steps,
         "parameters": price.total_parameters,
         "parameter_groups": dict(price.parameters),

@@ -11,7 +11,7 @@ from polyak import rules
 from polyak.errors import RunError
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
-from polyak.nn.pieces import opened
+from polyak.nn.pieces import AXES, opened
 from polyak.training.runs.folder import RunFolder, unfinished
 
 PAPERS = {
@@ -113,9 +113,12 @@ def _front_matter(config: ModelConfig) -> str:
 def _architecture(config: ModelConfig) -> dict[str, str]:
     costs = cost(config)
     fields = {k: v for k, v in config.to_dict().items() if v not in (None, {}, "", ())}
+    for axis in AXES:
+        name = fields[axis]
+        if ":" in name:  # a user's file: where it lies on one machine is nobody's concern
+            file, _, of = name.rpartition(":")
+            fields[axis] = f"{Path(file).name}:{of} (not included)"
     rule = fields.pop("rule")
-    if ":" in rule:  # a user's file: where it lies on one machine is nobody's concern
-        rule = f"{Path(rule.rpartition(':')[0]).name}:{rule.rpartition(':')[2]} (not included)"
     groups = {name: count for name, count in costs.parameters.items() if count}
     return {
         "rule": f"`{rule}`",

@@ -149,7 +149,8 @@ def _variants(name: str, wanted: RuleText | None = None) -> Iterator[Candidate]:
     rule = rules.get(name)
     fields = {} if wanted is None else dict(wanted.fields)
     given = {} if wanted is None else wanted.options
-    if other := sorted(set(fields) - {"stream_start"}):
+    others = () if wanted is None else wanted.of_the_model
+    if other := [name for name in others if name != "stream_start"]:
         raise ConfigError(f"--rule: {other[0]} is read from the weights; leave it out")
     starts: list[Any] = [None]
     if any(stream.start == "embedding" for stream in rule.streams):

@@ -10,7 +10,7 @@ from typing import Any
 from polyak.data.tokenizers import Tokenizer
 from polyak.errors import RunError
 from polyak.files import locked, make_folder, write_json
-from polyak.nn.pieces import keep, portable_values, source_hash
+from polyak.nn.pieces import keep, other_sources, portable_values, source_hash
 from polyak.nn.transformer import Transformer
 from polyak.training.config.run import RunConfig
 from polyak.training.processes.distributed import World
@@ -63,6 +63,7 @@ def write_run(
             **settings,
             "model": portable_values(model.config),
             "rule_source": source_hash(model.config.rule),
+            **other_sources(model.config),
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         }
         run = RunFolder(folder)

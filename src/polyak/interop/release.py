@@ -43,7 +43,8 @@ def released_names(model: Transformer) -> dict[str, str]:
             splitting).
     """
     config = model.config
-    released = {**PAPER, "norm_eps": config.norm_eps, "splitting": "lie_trotter"}
+    own = {"norm_eps": config.norm_eps, "splitting": "lie_trotter", "attention": "softmax"}
+    released = {**PAPER, **own}
     if config.kv_heads == config.num_heads:
         released["num_kv_heads"] = config.num_kv_heads
     if config.heads_width == config.d_model:

@@ -67,7 +67,7 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
             f"only models of rule gradient_descent can be upgraded; this one is {config.rule} with "
             f"options {config.rule_options}"
         )
-    other = sorted(set(wanted.fields) - {"stream_start"})
+    other = [name for name in wanted.of_the_model if name != "stream_start"]
     if other:
         raise ConfigError(
             f"--rule: {other[0]} belongs to the model, whose weights stay; only stream_start and "

@@ -53,6 +53,12 @@ def source_hash(name: str) -> str | None:
     return None if file is None else usercode.read(file, error=RunError).sha256
 
 
+def other_sources(config: ModelConfig) -> dict[str, str]:
+    """`source_hash` of a model's pieces but its rule, by AXIS_source; only of users' files."""
+    named = {f"{axis}_source": source_hash(name) for axis, name in _named(config) if axis != "rule"}
+    return {name: sha256 for name, sha256 in named.items() if sha256 is not None}
+
+
 def same_name(one: Any, other: Any) -> bool:
     """Whether two names may mean one piece: their class decides, and then their hashes."""
     return (

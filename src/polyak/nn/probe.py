@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import PolyakError, RuleError
+from polyak.errors import AttentionError, PolyakError, RuleError
+from polyak.nn.attention import Attention
 from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import AXES
 from polyak.nn.transformer import Transformer
@@ -52,6 +53,7 @@ def probe(config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
 
     Raises:
         RuleError: what fails, in one line with the size of the leak.
+        AttentionError: the same where only the kind of attention is foreign.
     """
     with torch.random.fork_rng(devices=[]):
         probed = _Probed(config)
@@ -68,7 +70,7 @@ class _Probed:
     """A small model with random weights, and what it must keep."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.name = config.rule.rpartition(":")[2]
+        self.said_of, self.error = _suspect(config)
         try:
             self.model = _drawn(_small(config))
             self._check_step()
@@ -97,7 +99,7 @@ class _Probed:
         self._check_rows(ids, logits, scale)
         if self.model.config.causal and length > 1:
             self._check_later_tokens(length)
-            if not self.drew:
+            if not (self.drew or self.sees_length):
                 self._check_appended(ids, logits, scale)
 
     def check_finite(self, dtype: torch.dtype) -> None:
@@ -174,7 +176,13 @@ class _Probed:
     def _refuse(self, what: str, length: int, cause: Exception | None = None) -> None:
         mode = "training" if self.model.training else "evaluation"
         tokens = f"{length} token{'s' if length > 1 else ''}"
-        raise RuleError(f"rule {self.name} {what} ({mode} mode, {tokens})") from cause
+        raise self.error(f"{self.said_of} {what} ({mode} mode, {tokens})") from cause
+
+    @property
+    def sees_length(self) -> bool:
+        """Whether the kind of attention says that the number of later tokens counts."""
+        kinds = [block.attention for block in self.model.blocks]
+        return any(isinstance(kind, Attention) and kind.sees_length for kind in kinds)
 
     @torch.no_grad()
     def _check_step(self) -> None:
@@ -183,6 +191,7 @@ class _Probed:
         Without this, the x that a user's `step` returns alone, without the state, would be taken
         apart along the batch.
         """
+        name = _short(self.model.config.rule)
         for rule in self.model.blocks[0].rules.values():  # type: ignore[operator]
             assert isinstance(rule, UpdateRule)
             x, state = self.model.start(torch.zeros(2, 1, dtype=torch.int64))
@@ -191,10 +200,21 @@ class _Probed:
             except PolyakError:
                 raise
             except Exception as error:
-                raise RuleError(f"rule {self.name}: its step fails: {_line(error)}") from error
+                raise RuleError(f"rule {name}: its step fails: {_line(error)}") from error
             wrong = _wrong(found, x, state)
             if wrong:
-                raise RuleError(f"rule {self.name}: step must return (x, state), but {wrong}")
+                raise RuleError(f"rule {name}: step must return (x, state), but {wrong}")
+
+
+def _suspect(config: ModelConfig) -> tuple[str, type[PolyakError]]:
+    """What a leak is said of, and the error: the pieces that did not come with this package."""
+    foreign = [a for a, registry in AXES.items() if getattr(config, a) not in registry.own_names]
+    named = [f"{axis} {_short(getattr(config, axis))}" for axis in foreign or ["rule"]]
+    return " with ".join(named), AttentionError if foreign == ["attention"] else RuleError
+
+
+def _short(name: str) -> str:
+    return name.rpartition(":")[2]
 
 
 def _small(config: ModelConfig) -> ModelConfig:

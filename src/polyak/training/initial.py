@@ -96,5 +96,6 @@ def _same_architecture(there: ModelConfig, now: ModelConfig, folder: str | Path)
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
     values = portable_values(config)
-    options = values.pop("rule_options")
-    return values | {f"rule_options.{name}": value for name, value in options.items()}
+    tables = {name: values.pop(name) for name in ("rule_options", "attention_options")}
+    options = {f"{of}.{name}": v for of, table in tables.items() for name, v in table.items()}
+    return values | options

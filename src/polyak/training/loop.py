@@ -22,7 +22,7 @@ from polyak.data.prepare import Prepared, prepare
 from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
-from polyak.nn.pieces import keep, portable_values, source_hash
+from polyak.nn.pieces import keep, other_sources, portable_values, source_hash
 from polyak.signals import StopSignals
 from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
@@ -97,6 +97,7 @@ def run_settings(
         "init": identity(config.init),
         "device": device.type,
         "rule_source": source_hash(config.model.rule),
+        **other_sources(config.model),
     }
 
 

@@ -96,9 +96,7 @@ def resolve(options: TrainOptions) -> RunConfig:
     if options.resume:  # a run keeps its split, whatever is today's
         base = {"split": _recorded(options.out)["split"], **base}
     given = _given(options)
-    if given.get("model.rule", base.get("model.rule")) != base.get("model.rule"):
-        base = {key: value for key, value in base.items() if not recipes.belongs_to_rule(key)}
-    return recipes.build(recipes.layered(base, given))
+    return recipes.build(recipes.layered(recipes.without_other_pieces(base, given), given))
 
 
 _TEXT = ("corpus", "text_field", "encoding")
@@ -139,6 +137,8 @@ def _given(options: TrainOptions) -> recipes.Settings:
             put(f"model.{field}", recipes.from_text(f"model.{field}", text), "--rule")
         for name, value in found.options.items():
             put(f"{recipes.FREE}{name}", value, "--rule")
+        for name, value in found.attention_options.items():
+            put(f"{recipes.ATTENTION}{name}", value, "--rule")
     for key in ("corpus", "text_field", "encoding", "tokenizer", "device", "parallel"):
         if getattr(options, key) is not None:
             put(key, getattr(options, key), f"--{key.replace('_', '-')}")
@@ -204,7 +204,7 @@ def _flat(config: RunConfig) -> recipes.Settings:
             continue
         for inner in dataclasses.fields(value):
             key = f"{field.name}.{inner.name}"
-            if f"{key}." == recipes.FREE:
+            if f"{key}." in recipes.OPTIONS:
                 settings |= {f"{key}.{k}": v for k, v in getattr(value, inner.name).items()}
             else:
                 settings[key] = getattr(value, inner.name)

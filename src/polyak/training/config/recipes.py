@@ -38,6 +38,9 @@ Settings = dict[str, Any]
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "training": TrainingConfig}
 FREE = "model.rule_options."
+ATTENTION = "model.attention_options."
+OPTIONS = (FREE, ATTENTION)
+"""Tables whose keys are a piece's own options, for the rule or the kind of attention."""
 PRESET = "model.preset"
 """No field of its own: it stands for all that a preset of `ModelConfig` sets."""
 
@@ -79,17 +82,15 @@ def build(settings: Mapping[str, Any], prefix: str = "") -> RunConfig:
     """
     whole: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    options: dict[str, Any] = {}
     for key, value in settings.items():
         section, _, field = key.partition(".")
-        if key.startswith(FREE):
-            options[key.removeprefix(FREE)] = value
+        if table := _table_of(key):
+            options = sections["model"].setdefault(_field(table), {})
+            options[key.removeprefix(table)] = value
         elif field:
             sections[section][field] = value
         else:
             whole[key] = value
-    if options:
-        sections["model"]["rule_options"] = options
     try:
         if "vocab_size" not in sections["model"]:
             tokenizer = whole.get("tokenizer", _default("tokenizer"))
@@ -122,21 +123,26 @@ def typed(key: str, value: Any) -> Any:
         UnknownNameError: there is no such key; the nearest is offered.
         ConfigError: the value is of another type.
     """
-    return value if _is_option(key) else convert(value, _kind(key, value), key)
+    return value if _table_of(key) else convert(value, _kind(key, value), key)
 
 
 def from_text(key: str, text: str) -> Any:
     """`typed`, for a value that is written as on the command line."""
-    return parse_free(text) if _is_option(key) else parse(text, _kind(key, text), key)
+    return parse_free(text) if _table_of(key) else parse(text, _kind(key, text), key)
 
 
-def _is_option(key: str) -> bool:
-    return key.startswith(FREE) and len(key) > len(FREE)
+def _table_of(key: str) -> str | None:
+    """Which of `OPTIONS` a key names an option in."""
+    return next((t for t in OPTIONS if key.startswith(t) and len(key) > len(t)), None)
+
+
+def _field(table: str) -> str:
+    return table.removeprefix("model.").rstrip(".")
 
 
 def _kind(key: str, value: Any) -> Any:
     kinds = _kinds()
-    if key in SECTIONS or key == FREE.rstrip("."):
+    if key in SECTIONS or f"{key}." in OPTIONS:
         raise ConfigError(f"{key}={value!r}: {key} is a table; set its fields, {key}.FIELD")
     if key not in kinds:
         raise _unknown_key(key, kinds)
@@ -186,9 +192,7 @@ def _read(name_or_path: str, beside: Path, chain: tuple[str, ...]) -> Settings:
         below = _read(base, Path() if own else source.parent, (*chain, identity))
     except ConfigError as error:
         raise type(error)(f"recipe {name_or_path}: base: {error}") from error
-    if settings.get("model.rule", below.get("model.rule")) != below.get("model.rule"):
-        below = {key: value for key, value in below.items() if not belongs_to_rule(key)}
-    return layered(below, settings)
+    return layered(without_other_pieces(below, settings), settings)
 
 
 def layered(below: Settings, settings: Settings) -> Settings:
@@ -205,9 +209,14 @@ def layered(below: Settings, settings: Settings) -> Settings:
     return {**below, **fields, **above}
 
 
-def belongs_to_rule(key: str) -> bool:
-    """Whether a key speaks of its rule's own parts, and goes when another rule comes."""
-    return key.startswith(FREE) or key == "model.stream_start"
+def without_other_pieces(below: Settings, settings: Settings) -> Settings:
+    """What is below, without what speaks of a rule's or attention's own parts if another comes."""
+    kept = dict(below)
+    own = {"model.rule": (FREE, "model.stream_start"), "model.attention": (ATTENTION,)}
+    for axis, parts in own.items():
+        if settings.get(axis, below.get(axis)) != below.get(axis):
+            kept = {key: value for key, value in kept.items() if not key.startswith(parts)}
+    return kept
 
 
 def _flat(content: Mapping[str, Any]) -> Settings:
@@ -217,8 +226,9 @@ def _flat(content: Mapping[str, Any]) -> Settings:
             if not isinstance(value, dict):
                 raise ConfigError(f"{name}={value!r} must be a table, [{name}]")
             for field, inside in value.items():
-                if f"{name}.{field}." == FREE and isinstance(inside, dict):
-                    settings |= {f"{FREE}{option}": given for option, given in inside.items()}
+                table = f"{name}.{field}."
+                if table in OPTIONS and isinstance(inside, dict):
+                    settings |= {f"{table}{option}": given for option, given in inside.items()}
                 else:
                     settings[f"{name}.{field}"] = typed(f"{name}.{field}", inside)
         elif isinstance(value, dict) and name not in _kinds():

@@ -170,7 +170,7 @@ class RunFolder:
         """
         if not self.settings_file.exists():
             return {}
-        from polyak.nn.pieces import same_name
+        from polyak.nn.pieces import AXES, same_name
 
         recorded = self.recorded()
         wanted = json.loads(json.dumps(settings))
@@ -179,12 +179,13 @@ class RunFolder:
             name: [there, now]
             for name, there, now in _differences(kept, wanted)
             # a file is its content, which `rule_source` tells, wherever it lies
-            if not (name == "model.rule" and same_name(there, now))
+            if not (name.removeprefix("model.") in AXES and same_name(there, now))
         }
+        sources = {f"{axis}_source": registry.kind for axis, registry in AXES.items()}
         refused = [
             f"{name}: {there!r} there, {now!r} now"
-            if name != "rule_source"
-            else "rule_source: the rule's file is not what it was when the run began"
+            if name not in sources
+            else f"{name}: the {sources[name]}'s file is not what it was when the run began"
             for name, (there, now) in differences.items()
             if name not in changeable
         ]
