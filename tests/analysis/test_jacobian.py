@@ -23,6 +23,7 @@ from polyak.analysis.jacobian import (
     product,
     spectrum,
 )
+from polyak.nn.presets import PAPER
 
 TOKENS = 6
 ITERATIVE = Options(dense_below=0, tolerance=1e-10, steps=30)
@@ -297,6 +298,49 @@ def test_a_block_whose_inverse_grows_beyond_arithmetic_is_a_tight_bound() -> Non
     assert found.sigma_min.kind == "upper bound"
     assert (found.sigma_min.value or math.inf) < 1e-10 * float(values[0])
     assert found.kappa.kind == "lower bound"
+
+
+@pytest.mark.parametrize(
+    ("rule", "norm"),
+    [
+        ("gradient_descent", "layer"),
+        pytest.param("gradient_descent", "rms", marks=pytest.mark.slow),
+        pytest.param("triple_momentum", "layer", marks=pytest.mark.slow),
+        pytest.param("triple_momentum", "rms", marks=pytest.mark.slow),
+        pytest.param("adam", "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_post_norm_block_loses_what_the_norm_of_x_loses(
+    rule: str, norm: str, tiny_model: Build
+) -> None:
+    fields = ModelConfig.preset("momentum_transformer").to_dict()
+    backbone = {name: fields[name] for name in PAPER}
+    model = tiny_model(rule, **{**backbone, "norm": norm, "norm_eps": 1e-9})
+    blocks = block_maps(model, ids(model))
+    streams = ("x", "v") if rule == "triple_momentum" else ("x",)
+    wholes = [product([getattr(one, name) for one in blocks], name) for name in ("frozen", "full")]
+    for one in [*wholes, *(part for maps in blocks for part in (maps.frozen, maps.full))]:
+        jacobian = reference(one)
+        zeros = one.zeros
+        passed = len(streams) if one.name == "full" or one.name.endswith("(b)") else 1
+        assert zeros.near == passed * TOKENS
+        assert zeros.exact == (passed * TOKENS if norm == "layer" else 0)
+        values = torch.linalg.svdvals(jacobian)
+        assert int((values < 1e-5 * values[0]).sum()) >= zeros.exact + zeros.near
+        kept = torch.linalg.svdvals(between(jacobian, one.restricted.enter, one.restricted.leave))
+        exact, found = spectrum(one), spectrum(one, ITERATIVE)
+        for result in (exact, found):
+            close(result.sigma_max.value, values[0])
+            close(result.restricted_max.value, kept[0])
+        close(exact.sigma_min.value, kept[-1], 1e-5)
+        if found.sigma_min.kind == "value":
+            close(found.sigma_min.value, kept[-1], 1e-5)
+    assert blocks[0].full.zeros.streams == streams
+    for maps in blocks:  # (c) sees x as it is: nothing is lost by structure
+        assert maps.oracle.zeros.exact == 0
+        close(
+            spectrum(maps.oracle).sigma_max.value, torch.linalg.svdvals(reference(maps.oracle))[0]
+        )
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama"])

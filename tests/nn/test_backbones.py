@@ -1,7 +1,12 @@
-"""Every rule on every backbone: what holds on the paper's holds on GPT-2's and Llama's."""
+"""Rules on backbones: what holds on the paper's holds on GPT-2's, Llama's and the others.
+
+Every rule is tried on GPT-2's and Llama's; two, one of them with streams, on the rest, whose
+fields meet in pairs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +21,7 @@ from torch.func import functional_call, jacfwd, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyak import ModelConfig, Transformer, ops, rules
+from polyak.errors import ConfigError
 from polyak.nn.cache import KeyValueCache
 from polyak.nn.presets import preset_fields
 from polyak.nn.rotary import rotary_table, rotate
@@ -27,9 +33,36 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "gpt2": preset_fields("gpt2", 4),
     "llama": {**preset_fields("llama", 4), "num_kv_heads": 2, "head_dim": 6},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "momentum_transformer": preset_fields("momentum_transformer", 4),
+    "post rope": {**BACKBONES["llama"], "norm_position": "post", "qk_norm": True},
+    "post learned": {"norm_position": "post", "mlp": "gated", "qkv_bias": True},
+    "sinusoidal": {"positions": "sinusoidal", "norm": "rms", "num_kv_heads": 1, "bias": True},
+    "concatenated": {
+        "positions": "sinusoidal",
+        "position_mix": "concatenated",
+        "tie_embeddings": False,
+        "activation": "relu",
+    },
+    "none": {"positions": "none", "norm_position": "post", "norm": "rms", "head_dim": 6},
+}
+BACKBONES |= OTHERS
+TWO_RULES = ("gradient_descent", "triple_momentum")
+PAIRS = [
+    (rule, backbone)
+    for backbone in BACKBONES
+    for rule in (TWO_RULES if backbone in OTHERS else rules.names())
+]
+SPLIT = [
+    (rule, backbone, splitting)
+    for rule, backbone in PAIRS
+    for splitting in ("lie_trotter", "simultaneous")
+    if splitting == "lie_trotter" or BACKBONES[backbone].get("norm_position") != "post"
+]
 every_rule = pytest.mark.parametrize("rule", rules.names())
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
-both_splittings = pytest.mark.parametrize("splitting", ["lie_trotter", "simultaneous"])
+every_pair = pytest.mark.parametrize(("rule", "backbone"), PAIRS)
+every_split_pair = pytest.mark.parametrize(("rule", "backbone", "splitting"), SPLIT)
 Build = Callable[..., Transformer]
 
 
@@ -54,9 +87,7 @@ def gradients(model: Transformer, input_ids: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@every_rule
-@every_backbone
-@both_splittings
+@every_split_pair
 @torch.no_grad()
 def test_the_past_is_all_that_counts_cached_or_not(
     rule: str, backbone: str, splitting: str, build: Build
@@ -74,8 +105,7 @@ def test_the_past_is_all_that_counts_cached_or_not(
         assert (found - logits).abs().max() < 1e-10
 
 
-@every_rule
-@every_backbone
+@every_pair
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_padding_does_not_change_real_positions(
@@ -93,8 +123,7 @@ def test_padding_does_not_change_real_positions(
         assert logits.isfinite().all()
 
 
-@every_rule
-@every_backbone
+@every_pair
 @torch.no_grad()
 def test_decoding_goes_on_past_left_padding(rule: str, backbone: str, build: Build) -> None:
     model, input_ids = build(rule, backbone), ids(2, 7)
@@ -108,9 +137,7 @@ def test_decoding_goes_on_past_left_padding(rule: str, backbone: str, build: Bui
     assert (logits[1] - model(input_ids[1:])[0]).abs().max() < 1e-10
 
 
-@every_rule
-@every_backbone
-@both_splittings
+@every_split_pair
 def test_every_parameter_is_used_and_fast_ops_equal_reference_ops(
     rule: str, backbone: str, splitting: str, build: Build
 ) -> None:
@@ -124,8 +151,7 @@ def test_every_parameter_is_used_and_fast_ops_equal_reference_ops(
         assert (fast[name] - plain[name]).abs().max() <= 1e-7 * plain[name].abs().max(), name
 
 
-@every_rule
-@every_backbone
+@every_pair
 def test_a_saved_model_loads_exactly(
     rule: str, backbone: str, build: Build, tmp_path: Path
 ) -> None:
@@ -136,8 +162,7 @@ def test_a_saved_model_loads_exactly(
     assert torch.equal(again(input_ids), model(input_ids))
 
 
-@every_rule
-@every_backbone
+@every_pair
 def test_logits_and_gradients_are_finite_at_depth_48(rule: str, backbone: str) -> None:
     config = ModelConfig(rule=rule, **{**SHAPE, **BACKBONES[backbone], "num_layers": 48})
     model, input_ids = Transformer(config), ids(2, 7)
@@ -146,8 +171,7 @@ def test_logits_and_gradients_are_finite_at_depth_48(rule: str, backbone: str) -
         assert gradient.isfinite().all(), name
 
 
-@every_rule
-@every_backbone
+@every_pair
 @torch.no_grad()
 def test_half_precision_is_the_same_model_up_to_rounding(
     rule: str, backbone: str, build: Build
@@ -168,8 +192,7 @@ def test_half_precision_is_the_same_model_up_to_rounding(
         assert (torch.cat(pieces, 1) - found).abs().max() < bound
 
 
-@every_rule
-@every_backbone
+@every_pair
 def test_derivatives_of_a_block_are_right(rule: str, backbone: str, build: Build) -> None:
     model = build(rule, backbone, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1)
     block = model.blocks[0]
@@ -210,6 +233,92 @@ def test_a_compiled_block_is_the_same_function(backbone: str, build: Build) -> N
 
 
 # What the options mean
+
+
+@pytest.mark.parametrize("rule", ["gradient_descent", "triple_momentum", "adam"])
+@torch.no_grad()
+def test_a_post_norm_block_shows_oracles_x_and_norms_it_after_every_step(
+    rule: str, build: Build
+) -> None:
+    block, input_ids = (model := build(rule, "momentum_transformer")).blocks[0], ids(2, 7)
+    found, streams = block(*model.start(input_ids))
+    x, state = model.start(input_ids)
+    for name, step in block.rules.items():
+        oracle = getattr(block, name)
+        norm, oracle.norm = oracle.norm, torch.nn.Identity()
+        x, state = step.step(x, state, oracle)
+        oracle.norm = norm
+        centred = x - x.mean(-1, keepdim=True)
+        x = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        x = x * norm.weight + norm.bias
+    assert (found - x).abs().max() < 1e-12
+    for one, other in zip(streams, state, strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_sinusoids_are_their_equation_beside_the_tokens_or_added_to_them(build: Build) -> None:
+    input_ids, place = ids(2, 7), torch.arange(7)
+    for backbone, width in (("momentum_transformer", 8), ("sinusoidal", 16)):
+        model = build("triple_momentum", backbone)
+        x, state = model.start(input_ids)
+        tokens = model.embedding.tokens.weight[input_ids]
+        extra = x[..., 8:] if width == 8 else x - tokens
+        for m in range(width // 2):
+            angle = place.double() * 10000.0 ** (-2 * m / width)
+            assert (extra[..., 2 * m] - angle.sin()).abs().max() < 1e-12
+            assert (extra[..., 2 * m + 1] - angle.cos()).abs().max() < 1e-12
+        if width == 8:
+            assert torch.equal(x[..., :8], tokens)
+        assert torch.equal(state.v, model.streams["v"].tokens.weight[input_ids])  # d numbers
+
+
+@torch.no_grad()
+def test_without_positions_the_order_of_what_was_read_does_not_count(build: Build) -> None:
+    model = build("gradient_descent", "none", num_layers=1)
+    input_ids = ids(2, 7)
+    turned = torch.cat((input_ids[:, :6].flip(1), input_ids[:, 6:]), 1)
+    assert (model(turned)[:, -1] - model(input_ids)[:, -1]).abs().max() < 1e-12
+    assert (model(turned)[:, 0] - model(input_ids)[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backbone", ["none", "llama", "sinusoidal", "momentum_transformer"])
+@torch.no_grad()
+def test_only_a_table_of_positions_ends_a_state_of_constant_size(
+    backbone: str, build: Build
+) -> None:
+    model = build("triple_momentum", backbone, attention="linear")
+    longer = Transformer(dataclasses.replace(model.config, context_length=20)).double().eval()
+    longer.load_state_dict(model.state_dict())
+    input_ids = ids(2, 20)
+    assert torch.equal(model(input_ids), longer(input_ids))
+    for fields in ({"attention": "linear", "positions": "learned"}, {"attention": "softmax"}):
+        with pytest.raises(ConfigError, match="longer than context_length=7"):
+            build("triple_momentum", "gpt2", **fields)(input_ids)
+
+
+def test_what_is_dropped_inside_the_mlp_is_what_its_field_says(build: Build) -> None:
+    mlp = build("gradient_descent", "momentum_transformer", activation_dropout=0.5).blocks[0].mlp
+    mlp.up.weight.data.zero_(), mlp.up.bias.data.fill_(1)
+    mlp.down.weight.data.fill_(1), mlp.down.bias.data.zero_()
+    x = torch.zeros(100, 3, 16, dtype=torch.float64)
+    assert bool((mlp(x) == 64).all())
+    kept = mlp.train()(x)[..., 0].detach() / 2  # each that stays counts twice
+    assert kept.std() > 1
+    assert float(kept.mean()) == pytest.approx(32, abs=2)
+
+
+def test_tokens_beside_sinusoids_start_as_large_as_they_are(build: Build) -> None:
+    for backbone, fields, size in (
+        ("momentum_transformer", {}, 1.0),
+        ("sinusoidal", {"tie_embeddings": False}, 1.0),
+        ("sinusoidal", {}, 0.02),
+        ("llama", {}, 0.02),
+    ):
+        shape = {**SHAPE, **BACKBONES[backbone], **fields, "vocab_size": 500}
+        model = Transformer(ModelConfig(rule="triple_momentum", **shape))
+        assert float(model.embedding.tokens.weight.std()) == pytest.approx(size, rel=0.1)
+        assert float(model.streams["v"].tokens.weight.std()) == pytest.approx(0.02, rel=0.1)
 
 
 @every_rule

@@ -50,6 +50,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": (8, 1, 4, 8192)}, "rope_scaling=.* needs positions='rope'"),
     ({"positions": "rope", "rope_scaling": (8, 1, 4)}, "must be four numbers above 0"),
     ({"positions": "rope", "rope_scaling": (8, 4, 1, 99)}, "low below high"),
+    (
+        {"positions": "none", "rope_theta": 5e5},
+        "rope_theta=500000.0 needs positions='rope', and positions are 'none'",
+    ),
+    ({"norm_position": "posts"}, "unknown norm_position 'posts'; did you mean 'post'"),
+    (
+        {"norm_position": "post", "splitting": "simultaneous"},
+        "norm_position='post' norms x after the step .* use splitting='lie_trotter'",
+    ),
+    ({"position_mix": "concat"}, "unknown position_mix 'concat'; did you mean 'concatenated'"),
+    (
+        {"position_mix": "concatenated", "positions": "rope"},
+        "position_mix='concatenated' needs positions='sinusoidal', and positions are 'rope'",
+    ),
+    (
+        {"positions": "sinusoidal", "d_model": 9, "num_heads": 3},
+        "positions='sinusoidal' are pairs .* d_model=9 is odd; use an even one",
+    ),
+    (
+        {"positions": "sinusoidal", "position_mix": "concatenated", "d_model": 6, "num_heads": 3},
+        "d_model=6 is no multiple of 4; use one",
+    ),
+    (
+        {"positions": "sinusoidal", "position_mix": "concatenated"},
+        "tie_embeddings=True: .* set tie_embeddings=false",
+    ),
+    ({"activation_dropout": 1}, "activation_dropout=1 must be a number from 0 to below 1"),
     ({"causal": "yes"}, "causal='yes' must be true or false"),
     ({"norm_eps": -1e-5}, "norm_eps=-1e-05 must be a number from 0"),
     ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
@@ -157,6 +184,10 @@ def test_presets_are_the_backbones_they_are_named_for() -> None:
     for heads, groups in ((1, 1), (2, 1), (3, 1), (6, 1), (7, 1), (8, 2), (12, 3), (32, 8)):
         shaped = ModelConfig.preset("llama", num_heads=heads, d_model=2 * heads)
         assert shaped.num_kv_heads == groups
+    momentum = ModelConfig.preset("momentum_transformer")
+    assert (momentum.norm_position, momentum.activation, momentum.bias) == ("post", "relu", True)
+    assert (momentum.positions, momentum.position_mix) == ("sinusoidal", "concatenated")
+    assert momentum.token_width == 64
     with pytest.raises(UnknownNameError, match="unknown preset 'lama'; did you mean 'llama'"):
         ModelConfig.preset("lama")
     for config in (gpt2, llama):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from polyak import ModelConfig, Transformer, ops, rules
 from polyak.errors import ConfigError, RuleError
 from polyak.nn.cache import KeyValueCache
 from polyak.nn.cost import cost
-from polyak.nn.presets import preset_fields
+from polyak.nn.presets import Preset, preset_fields
 from polyak.rules import Oracle, State, Stream, UpdateRule, unit_interval
 from polyak.rules._cost import count_elements, measure, step_cost
 
@@ -65,6 +65,14 @@ def variants(rule: str) -> list[dict[str, Any]]:
         {"positions": "rope", "qk_norm": True, "bias": True, "qkv_bias": False},
         {"mlp": "gated", "mlp_width": 10, "activation": "relu", "qkv_bias": True},
     ]
+    if rule in ("gradient_descent", "triple_momentum"):
+        sinusoidal = {"positions": "sinusoidal", "norm": "rms"}
+        found += [
+            preset_fields("momentum_transformer", 3),
+            sinusoidal,
+            {**sinusoidal, "position_mix": "concatenated", "tie_embeddings": False},
+            {"positions": "none", "norm_position": "post", "bias": True},
+        ]
     found += [{"rule_options": {norm.option: "none"}} for norm in kind.norms.values()]
     found += [
         {"rule_options": {norm.option: "layer"}, "bias": True} for norm in kind.norms.values()
@@ -195,7 +203,7 @@ def test_state_bytes_are_those_carried_between_layers(
     assert 2 * half.state_bytes_per_token == cost(config).state_bytes_per_token
 
 
-@pytest.mark.parametrize("preset", ["paper", "gpt2", "llama"])
+@pytest.mark.parametrize("preset", get_args(Preset))
 @pytest.mark.parametrize("rule", ["gradient_descent", "muon", "soap"])
 def test_decoding_costs_what_the_last_token_of_a_prefix_costs(
     rule: str, preset: str, tiny_config: Config
@@ -208,7 +216,7 @@ def test_decoding_costs_what_the_last_token_of_a_prefix_costs(
     assert cost(config).decoding_flops_per_token == cost(config).forward_flops_per_token
 
 
-@pytest.mark.parametrize("preset", ["paper", "gpt2", "llama"])
+@pytest.mark.parametrize("preset", get_args(Preset))
 def test_decoding_costs_what_a_pass_with_a_cache_multiplies(
     preset: str, tiny_config: Config
 ) -> None:

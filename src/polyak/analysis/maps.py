@@ -22,7 +22,7 @@ from polyak.analysis.chain import Chain
 from polyak.analysis.cut import Piece, cut
 from polyak.analysis.linear import Free, Linear
 from polyak.analysis.states import States
-from polyak.analysis.zeros import Zeros, constant_zeros, stream_zeros
+from polyak.analysis.zeros import Moved, Zeros, constant_zeros, norm_zeros, streams_moved
 from polyak.errors import ConfigError, DataError
 from polyak.nn.splitting import oracle_of
 from polyak.nn.transformer import Transformer
@@ -184,12 +184,12 @@ def block_maps(
 def _blocks(model: Transformer, ids: Tensor) -> Iterator[BlockMaps]:
     x, state = model.start(ids)
     states = States(x, state)
-    entering: Callable[[], Tensor | None] = _anything
+    entering: Entering = (_anything, _anything)
     for index, block in enumerate(model.blocks):
         z = states.pack(x, state)
         maps = _block(block, states, z, x, state, index, entering)
         yield maps
-        entering = _leaving(maps.full)
+        entering = _leaving(maps.frozen), _leaving(maps.full)
         x, state = block(x, state)
         for name, matrix in states.matrices.items():
             value = getattr(state, name)
@@ -200,13 +200,17 @@ def _blocks(model: Transformer, ids: Tensor) -> Iterator[BlockMaps]:
                 )
 
 
+Entering = tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]
+"""Bases of what can go into a block's (a) and (b): what comes out of the block before."""
+
+
 def _anything() -> Tensor | None:
-    """The first block's streams start anywhere."""
+    """The first block's x and streams start anywhere."""
     return None
 
 
-def _leaving(full: Map) -> Callable[[], Tensor | None]:
-    return lambda: full.zeros.leave
+def _leaving(before: Map) -> Callable[[], Tensor | None]:
+    return lambda: before.zeros.leave
 
 
 def _block(
@@ -216,7 +220,7 @@ def _block(
     x: Tensor,
     state: Any,
     index: int,
-    entering: Callable[[], Tensor | None],
+    entering: Entering,
 ) -> BlockMaps:
     def frozen(own: Tensor) -> Tensor:
         moved: Tensor = block(own[None], state)[0][0]
@@ -228,22 +232,25 @@ def _block(
     def oracle(own: Tensor) -> Tensor:
         y = own[None]
         attended = block.attention(y)
-        found: Tensor = (attended + block.mlp(y + attended))[0]
+        y = y + attended
+        found: Tensor = (attended + block.mlp(block.attention.norm(y) if post else y))[0]
         return found
 
-    name = f"block {index}"
-    after = block(x, state)[1]
+    name, post = f"block {index}", block.post_norm
+    moved, after = block(x, state)
     rule = list(block.rules.values())[-1]
     point = _lookahead(block, x, state)
+    passed = [Moved("x", slice(0, states.d), moved[0], (block.mlp.norm,))] if post else []
+    parts = [*passed, *streams_moved(states, after, rule)]
     return BlockMaps(
         index,
-        Map(f"{name} (a)", frozen, x[0]),
+        Map(f"{name} (a)", frozen, x[0], entering[0], lambda linear: norm_zeros(linear, passed)),
         Map(
             f"{name} (b)",
             full,
             z,
-            entering,
-            lambda linear: stream_zeros(linear, states, after, rule),
+            entering[1],
+            lambda linear: norm_zeros(linear, parts),
             d=states.d,
         ),
         Map(f"{name} (c)", oracle, point, find_zeros=constant_zeros),

@@ -45,7 +45,7 @@ class Zeros:
         near_gain: the same along the nearly lost ones.
         left: the left null vectors themselves, (T, c', k): exact ones, then near ones.
         right: the right null vectors, (T, c, k).
-        streams: names of the streams that pass a norm.
+        streams: names of the streams that pass a norm; `x` in a post-norm model.
     """
 
     enter: Tensor | None = None
@@ -59,30 +59,52 @@ class Zeros:
     streams: tuple[str, ...] = ()
 
 
-def stream_zeros(map_: Linear, states: States, after: Any, rule: UpdateRule) -> Zeros:
-    """Of the full state map: two directions a token of every stream that has passed an LN.
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A part of a map's output, and the norms that it may have passed.
 
-    Which of the rule's norms a stream has passed is found by trying: 1/w must be a left null vector
-    of the Jacobian, to rounding; of an RMSNorm, n must have mean square 1, and n/w nearly be lost.
+    Attributes:
+        name: `x`, or a stream's.
+        place: where it is among the output's numbers.
+        value: what it is after the block, (T, d).
+        norms: the norms that are tried.
+    """
+
+    name: str
+    place: slice
+    value: Tensor
+    norms: tuple[LayerNorm | RMSNorm, ...]
+
+
+def streams_moved(states: States, after: Any, rule: UpdateRule) -> list[Moved]:
+    """The vector streams of a state map: each may have passed any norm of the last rule."""
+    every = [getattr(rule, name) for name in rule.norms]
+    norms = tuple(norm for norm in every if isinstance(norm, LayerNorm | RMSNorm))
+    return [Moved(name, place, getattr(after, name)[0], norms) for name, place in states.places()]
+
+
+def norm_zeros(map_: Linear, parts: list[Moved]) -> Zeros:
+    """Of a map's output: two directions a token of every part that has passed an LN.
+
+    Which norm a part has passed is found by trying: 1/w must be a left null vector of the Jacobian,
+    to rounding; of an RMSNorm, n must have mean square 1, and n/w nearly be lost.
 
     Raises:
         ConfigError: a gain is 0, so that 1/w does not exist.
     """
-    every = [getattr(rule, name) for name in rule.norms]
-    norms = [norm for norm in every if isinstance(norm, LayerNorm | RMSNorm)]
     exact: list[tuple[Tensor, float]] = []
     near: list[tuple[Tensor, float]] = []
     streams = []
-    for name, place in states.places():
-        value = getattr(after, name)[0]
-        for norm in norms:
+    for part in parts:
+        value = part.value
+        for norm in part.norms:
             if bool((norm.weight == 0).any()):
                 raise ConfigError(
-                    f"a gain of the norm of stream {name!r} is exactly 0, and its range has no "
-                    "basis of the usual kind; the spectrum of (b) is not defined for it"
+                    f"a gain of the norm of {part.name!r} is exactly 0, and its range has no "
+                    "basis of the usual kind; its spectrum is not defined"
                 )
             n, mean, radial = _null_vectors(value, norm)
-            vectors = [_placed(vector, place, map_.outputs) for vector in (mean, radial)]
+            vectors = [_placed(vector, part.place, map_.outputs) for vector in (mean, radial)]
             gains = [_gain(map_, vector) for vector in vectors]
             if isinstance(norm, LayerNorm):
                 passed = gains[0] < NULL[value.dtype]
@@ -90,7 +112,7 @@ def stream_zeros(map_: Linear, states: States, after: Any, rule: UpdateRule) -> 
                 unit = float((n.square().mean(-1) - 1).abs().max())
                 passed = unit < NEAR and gains[1] < NEAR
             if passed:
-                streams.append(name)
+                streams.append(part.name)
                 near.append((vectors[1], gains[1]))
                 if isinstance(norm, LayerNorm):
                     exact.append((vectors[0], gains[0]))

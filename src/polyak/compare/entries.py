@@ -11,6 +11,7 @@ The syntax is that of `polyak.nn.rule_text`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +102,13 @@ def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry
 def widened(baseline: Entry, target: int) -> Entry:
     """The baseline at the width whose parameter count is nearest to `target`.
 
-    Widths are multiples of the number of heads, even ones with rotary positions; depth and heads
-    stay.
+    Widths are multiples of the number of heads that positions of the model's kind allow; depth
+    and heads stay.
     """
     from polyak.nn.cost import cost
 
     heads = baseline.model.num_heads
-    step = 2 if baseline.model.positions == "rope" else 1
+    step = _unit(baseline.model) // heads
 
     def at(multiple: int) -> ModelConfig:
         return dataclasses.replace(baseline.model, d_model=multiple * heads)
@@ -120,6 +121,14 @@ def widened(baseline: Entry, target: int) -> Entry:
     )
     model = at(best)
     return Entry(_label_with(baseline.name, f"d_model={model.d_model}"), model)
+
+
+def _unit(model: ModelConfig) -> int:
+    """Of what widths are multiples: of the heads, and of what pairs of dimensions need."""
+    if model.positions == "rope":
+        return 2 * model.num_heads
+    pairs = {"added": 2, "concatenated": 4}[model.position_mix]
+    return math.lcm(model.num_heads, pairs) if model.positions == "sinusoidal" else model.num_heads
 
 
 def _label_with(name: str, option: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,33 +10,25 @@ from typing import Any, Literal, get_args
 from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.attention_registry import KINDS
+from polyak.nn.backbone import MOST, check_backbone
 from polyak.nn.presets import Preset, preset_fields
 from polyak.settings import check_keys, typed
 
 Splitting = Literal["lie_trotter", "simultaneous"]
-Positions = Literal["learned", "rope"]
+Positions = Literal["learned", "rope", "sinusoidal", "none"]
+PositionMix = Literal["added", "concatenated"]
 NormKind = Literal["layer", "rms"]
+NormPosition = Literal["pre", "post"]
 MLPKind = Literal["plain", "gated"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 _CHOICES = {
     "splitting": Splitting,
     "positions": Positions,
+    "position_mix": PositionMix,
     "norm": NormKind,
+    "norm_position": NormPosition,
     "mlp": MLPKind,
     "activation": Activation,
-}
-
-
-# Far above any model: what a file names is looked at before it is listed or allocated.
-_MOST = {
-    "num_layers": 10_000,
-    "num_heads": 2**16,
-    "num_kv_heads": 2**16,
-    "d_model": 2**20,
-    "head_dim": 2**20,
-    "mlp_width": 2**24,
-    "vocab_size": 2**31 - 1,
-    "context_length": 2**31 - 1,
 }
 
 
@@ -60,7 +51,8 @@ class ModelConfig:
     vocab_size: int = 256
     """Number of token ids."""
     context_length: int = 128
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens. Where attention remembers a state of constant size, and
+    positions are no learned table, only training's: sequences may be longer then."""
     splitting: Splitting = "lie_trotter"
     """`lie_trotter`: a step on attention, then one on the MLP. `simultaneous`: one step on their
     sum at the same point (the Euler splitting of arXiv:2601.23236)."""
@@ -72,7 +64,12 @@ class ModelConfig:
     """Let a position see itself and earlier positions only."""
     positions: Positions = "learned"
     """`learned`: a table of one vector per position, added to tokens and to streams that start
-    from an embedding. `rope`: queries and keys are turned by their position (rotary)."""
+    from an embedding. `rope`: queries and keys are turned by their position (rotary).
+    `sinusoidal`: sines and cosines of the position come into x, and into no stream. `none`: only
+    what attention itself makes of the order tells positions apart."""
+    position_mix: PositionMix = "added"
+    """How sinusoidal positions come into x: `added` to tokens of width d, or `concatenated` behind
+    tokens of width d/2 (arXiv:2208.00579)."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths; only with positions=rope."""
     rope_scaling: tuple[float, ...] | None = None
@@ -84,6 +81,9 @@ class ModelConfig:
     taken off, and there is no bias)."""
     norm_eps: float = 1e-5
     """eps of every norm."""
+    norm_position: NormPosition = "pre"
+    """`pre`: the oracles see LN(x). `post`: they see x, and x becomes LN(x) after each substep's
+    step, streams staying as they are. The norms' weights and the final norm are the same."""
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
     qkv_bias: bool | None = None
@@ -107,6 +107,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping embeddings, attention weights and oracle outputs in training. Only
     softmax attention has weights to drop."""
+    activation_dropout: float = 0.0
+    """Probability of dropping what is inside the MLP, behind its non-linearity, in training."""
     rule_options: dict[str, Any] = field(default_factory=dict, hash=False)
     """The rule's own options: initial values of its scalars, `frozen` (scalars not learned),
     `state_norm` or `update_norm` (`layer` or `none`)."""
@@ -118,7 +120,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "vocab_size", "context_length"):
-            check_whole(name, getattr(self, name), most=_MOST[name])
+            check_whole(name, getattr(self, name), most=MOST[name])
         if self.d_model % self.num_heads:
             divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(divisors, key=lambda h: (abs(h - self.num_heads), h))
@@ -132,11 +134,15 @@ class ModelConfig:
         for name in ("tie_embeddings", "causal", "bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
-        self._check_backbone()
+        check_backbone(self)
+        if self.rope_scaling is not None:  # JSON has lists
+            object.__setattr__(self, "rope_scaling", tuple(map(float, self.rope_scaling)))
         if not isinstance(self.norm_eps, int | float) or not 0 <= self.norm_eps < 1:
             raise ConfigError(f"norm_eps={self.norm_eps!r} must be a number from 0 to below 1")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r} must be a number from 0 to below 1")
+        for name in ("dropout", "activation_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ConfigError(f"{name}={value!r} must be a number from 0 to below 1")
         if self.stream_start not in (None, "zeros"):
             raise ConfigError(f"stream_start={self.stream_start!r} must be 'zeros' or left out")
         for name in ("rule_options", "attention_options"):
@@ -149,54 +155,6 @@ class ModelConfig:
         if (self.attention, self.attention_options) != ("softmax", {}):
             kind = KINDS.get(self.attention)
             kind.resolve(self.attention_options, causal=self.causal)
-
-    def _check_backbone(self) -> None:
-        for name in ("num_kv_heads", "head_dim", "mlp_width"):
-            check_whole(name, getattr(self, name), optional=True, most=_MOST[name])
-        if self.num_heads % self.kv_heads:
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-            raise ConfigError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
-                f"use one of {', '.join(map(str, divisors))}"
-            )
-        if self.qkv_bias is not None and not isinstance(self.qkv_bias, bool):
-            raise ConfigError(f"qkv_bias={self.qkv_bias!r} must be true, false or none")
-        theta = self.rope_theta
-        number = isinstance(theta, int | float) and not isinstance(theta, bool)
-        if not number or not 0 < theta < math.inf:
-            raise ConfigError(f"rope_theta={theta!r} must be a number above 0")
-        if self.positions == "rope" and self.head_width % 2:
-            raise ConfigError(
-                f"positions='rope' turns pairs of dimensions, but head_dim={self.head_dim} is odd; "
-                "use an even one"
-                if self.head_dim is not None
-                else f"positions='rope' turns pairs of dimensions, but d_model/num_heads = "
-                f"{self.head_width} is odd; use a d_model that is a multiple of "
-                f"{2 * self.num_heads}"
-            )
-        if self.rope_scaling is not None:
-            self._check_scaling(self.rope_scaling)
-        if self.positions == "learned" and theta != 10000.0:
-            raise ConfigError(
-                f"rope_theta={theta!r} needs positions='rope', and positions are 'learned'; "
-                "set positions, or leave rope_theta out"
-            )
-
-    def _check_scaling(self, scaling: Any) -> None:
-        if self.positions != "rope":
-            raise ConfigError(
-                f"rope_scaling={scaling!r} needs positions='rope'; set them, or leave it out"
-            )
-        values = tuple(scaling) if isinstance(scaling, list | tuple) else ()
-        numbers = all(isinstance(v, int | float) and 0 < v < math.inf for v in values)
-        rising = len(values) == 4 and numbers and values[1] < values[2]
-        if not (rising or (len(values) == 1 and numbers)):
-            raise ConfigError(
-                f"rope_scaling={scaling!r} must be four numbers above 0: factor, low and high "
-                "frequency factor (low below high), first context, such as 8+1+4+8192; or one "
-                "factor for all wavelengths, such as (4,)"
-            )
-        object.__setattr__(self, "rope_scaling", tuple(map(float, values)))  # JSON has lists
 
     def _check_rule(self) -> None:
         from polyak import rules
@@ -231,6 +189,11 @@ class ModelConfig:
         return self.num_heads * self.head_width
 
     @property
+    def token_width(self) -> int:
+        """Width of a token's vector in the table of x: d, or d/2 beside sinusoidal positions."""
+        return self.d_model // (2 if self.position_mix == "concatenated" else 1)
+
+    @property
     def hidden_width(self) -> int:
         """Width inside the MLP."""
         if self.mlp_width is not None:
@@ -243,6 +206,8 @@ class ModelConfig:
 
         `paper`: the released models, and the defaults. `gpt2`: OpenAI's. `llama`: rotary
         positions, RMSNorm, SwiGLU, grouped-query attention, no biases, untied output.
+        `momentum_transformer`: of arXiv:2208.00579, post-norm, sinusoidal positions beside the
+        tokens, ReLU, biases, untied output.
 
         Raises:
             UnknownNameError: there is no such preset; the nearest is offered.

@@ -112,7 +112,7 @@ def context_of(
     longest: int | None,
     shared: Mapping[str, Tensor] | None = None,
 ) -> Context | None:
-    """The context of a forward pass; None where learned positions count from 0, without padding.
+    """The context of a forward pass; None where there is nothing to say: see `Transformer`.
 
     Args:
         config: the model.
@@ -137,7 +137,7 @@ def context_of(
             f"context_length={config.context_length}; shorten it"
         )
     if attention_mask is None and position_ids is None and cache is None:
-        if config.positions == "learned" and shared is None:
+        if config.positions != "rope" and shared is None:
             return None
         # layers share the table of rotary positions through it
         return Context(length=length, causal=config.causal, shared=shared)
@@ -162,6 +162,14 @@ def context_of(
     if position_ids is not None:
         _check_positions(position_ids, batch, length, config, longest)
     return Context(past, total, position_ids, real, config.causal, cache, shared=shared)
+
+
+def places(length: int, device: torch.device, context: Context | None = None) -> Tensor:
+    """Positions of so many tokens: (B, T) or (T,), counted from 0 unless the context says else."""
+    if context is not None and context.positions is not None:
+        return context.positions
+    past = 0 if context is None else context.past
+    return torch.arange(past, past + length, device=device)
 
 
 def _triangle(past: int, length: int, device: torch.device) -> Tensor:

@@ -45,7 +45,8 @@ class Cost:
     elementwise_per_token: int
     """Elements written by arithmetic outside matrix products and the attention kernel, forward
     pass, with every op in its reference form (`polyak.rules._cost.ElementCounter`): norms, the
-    MLP's non-linearity, rotary positions, the rule, sums of embeddings."""
+    MLP's non-linearity, rotary positions, the rule, sums of embeddings. Tables of positions, which
+    a batch shares, are left out."""
     state_bytes_per_token: int
     """Bytes of what one token carries from layer to layer: x and the rule's streams."""
     bytes_per_number: int
@@ -116,13 +117,22 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         backward_flops_per_token=2 * (total_forward - rule_forward)
         + substeps * step.backward_flops,
         decoding_flops_per_token=decoding,
-        elementwise_per_token=(1 + tables) * d * (config.positions == "learned")
-        + calls * (2 * norm + _inside_oracles(config) + both)
+        elementwise_per_token=_starts(config, tables)
+        # a pre-norm is taken whenever an oracle is called, a post-norm once a step
+        + (calls if config.norm_position == "pre" else layers) * 2 * norm
+        + calls * (_inside_oracles(config) + both)
         + substeps * step.elements
         + norm,
         state_bytes_per_token=state * bytes_per_number,
         bytes_per_number=bytes_per_number,
     )
+
+
+def _starts(config: ModelConfig, tables: int) -> int:
+    """Elements that are added to tokens where x and streams start."""
+    if config.positions == "sinusoidal":
+        return config.d_model * (config.position_mix == "added")
+    return (1 + tables) * config.d_model * (config.positions == "learned")
 
 
 def _matrices(config: ModelConfig) -> int:
@@ -166,7 +176,7 @@ def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
     substeps = layers * len(SUBSTEPS[config.splitting])
     up = 2 if config.mlp == "gated" else 1
     return {
-        "tokens": config.vocab_size * d,
+        "tokens": config.vocab_size * config.token_width,
         "positions": positions * d,
         "streams": tables * (config.vocab_size + positions) * d,
         "attention": layers

@@ -1,4 +1,4 @@
-"""The MLP as an oracle: with the pre-norm in front of it."""
+"""The MLP as an oracle: with the norm in front of it, in pre-norm models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """down(act(up(LN x))), or down(act(gate(LN x)) · up(LN x)) where the MLP is gated."""
+    """down(act(up(LN x))), or down(act(gate(LN x)) · up(LN x)) where the MLP is gated.
+
+    In a post-norm model it sees x itself, and `norm` is applied after the step.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, width = config.d_model, config.hidden_width
-        self.dropout = config.dropout
+        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
+        self.pre_norm = config.norm_position == "pre"
         self.activation = ACTIVATIONS[config.activation]
         self.norm = norm(config)
         self.gate = nn.Linear(d, width, bias=config.bias) if config.mlp == "gated" else None
@@ -33,9 +37,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        x = self.norm(x)
+        if self.pre_norm:
+            x = self.norm(x)
         if self.gate is None:
             y = self.activation(self.up(x))
         else:
             y = self.activation(self.gate(x)) * self.up(x)
+        y = F.dropout(y, self.activation_dropout, self.training)
         return F.dropout(self.down(y), self.dropout, self.training)

@@ -19,15 +19,17 @@ from polyak import ops
 from polyak.nn.attention import Attention
 from polyak.nn.attention.softmax import SoftmaxAttention
 from polyak.nn.cache import KeyValueCache
+from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
+from polyak.nn.one_position import Sinusoids, Turn
 from polyak.nn.one_vector import is_large, product
-from polyak.nn.rotary import rotary_table
-from polyak.nn.splitting import SUBSTEPS
-from polyak.nn.transformer import Embedding, Transformer
-from polyak.rules import Oracle, UpdateRule
+from polyak.nn.splitting import SUBSTEPS, norm_after
+from polyak.nn.transformer import Transformer
+from polyak.rules import Oracle, State, UpdateRule
 from polyak.rules._norms import LayerNorm, RMSNorm
 
 Start = Callable[[Tensor, int], Tensor]
+Step = Callable[[Tensor, State, Oracle], tuple[Tensor, State]]
 
 
 class OneToken:
@@ -48,7 +50,7 @@ class OneToken:
         self._keys: tuple[Tensor, ...] = ()
         self._values: tuple[Tensor, ...] = ()
         self._slot = 0
-        self._turn = _Turn(model.blocks[0].attention, config.context_length)  # type: ignore[arg-type]
+        self._turn = Turn(model.blocks[0].attention, config.context_length)  # type: ignore[arg-type]
         self._steps = []
         for block in model.blocks:
             attention = self._attention(block.attention)  # type: ignore[arg-type]
@@ -56,10 +58,14 @@ class OneToken:
             oracles = {"attention": attention, "mlp": mlp, "layer": _both(attention, mlp)}
             for substep in SUBSTEPS[config.splitting]:
                 ready = _ready(block.rules[substep])  # type: ignore[index,arg-type]
-                self._steps.append((ready.step, oracles[substep]))
+                step: Step = ready.step
+                if config.norm_position == "post":
+                    after = norm_after(substep, block.attention, block.mlp)  # type: ignore[arg-type]
+                    step = _normed(step, _ready_norm(after))
+                self._steps.append((step, oracles[substep]))
         self._embedding = _lookup(model.embedding)
         self._state = rule.State
-        example = model.embedding.tokens.weight[None, :1]
+        example = model.head.weight[None, :1]
         self._starts: list[tuple[str, Start]] = []
         for stream in rule.streams:
             if stream.name in model.streams:
@@ -106,7 +112,7 @@ class OneToken:
         return self._head(self._norm(x))[0]
 
     def _attention(self, module: Attention) -> Oracle:
-        norm, out = _ready_norm(module.norm), product(module.out.weight, module.out.bias)
+        norm, out = _pre_norm(module), product(module.out.weight, module.out.bias)
         queries, groups, d = module.num_heads, module.num_kv_heads, module.head_dim
         turned = queries + groups
         split, grouped, kept = (-1, 1, d), (groups, -1, d), (2, groups, 1, d)
@@ -138,35 +144,6 @@ class OneToken:
         return oracle
 
 
-class _Turn:
-    """Rotary positions: queries and keys turned by the token's angles, values by none."""
-
-    def __init__(self, module: Attention, length: int) -> None:
-        self._table: tuple[Tensor, Tensor] | None = None
-        if module.rope_theta is None:
-            return
-        weight, d = module.qkv.weight, module.head_dim
-        places = torch.arange(length, device=weight.device)
-        cos, sin = rotary_table(places, d, module.rope_theta, weight.dtype, module.rope_scaling)
-        self._table = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (length, 1, D)
-        turned = module.num_heads + module.num_kv_heads
-        shape = turned + module.num_kv_heads, 1, d
-        self._cos, self._sin = cos.new_ones(shape), cos.new_zeros(shape)
-        self._turned = self._cos[:turned], self._sin[:turned]
-        self._half = d // 2
-
-    def to(self, position: int) -> None:
-        """Angles for heads until the next call."""
-        if self._table is not None:
-            for values, table in zip(self._turned, self._table, strict=True):
-                values.copy_(table[position])
-
-    def __call__(self, heads: Tensor) -> Tensor:
-        """(heads, 1, D) → the same; queries, keys and values in this order."""
-        swapped = heads.roll(self._half, -1)
-        return torch.addcmul(heads * self._cos, swapped, self._sin)
-
-
 def _copied(cache: KeyValueCache, length: int) -> Tensor:
     """Keys and values of every slot in one: (slots, 2, H_kv, room, D)."""
     slots = cache.slots
@@ -187,7 +164,7 @@ def _head_gain(module: Attention) -> Callable[[Tensor], Tensor] | None:
 
 
 def _mlp(module: MLP) -> Oracle:
-    norm, activation = _ready_norm(module.norm), module.activation
+    norm, activation = _pre_norm(module), module.activation
     up: Tensor = module.up.weight
     down: Tensor = module.down.weight
     up_bias: Tensor | None = module.up.bias
@@ -218,6 +195,9 @@ def _both(attention: Oracle, mlp: Oracle) -> Oracle:
 
 def _lookup(table: Embedding) -> Start:
     tokens = table.tokens.weight
+    if table.position_mix is not None:
+        rows = Sinusoids(table)
+        return lambda ids, position: table.mix(F.embedding(ids, tokens), rows(position))
     if table.positions is None:
         return lambda ids, position: F.embedding(ids, tokens)
     positions = table.positions.weight
@@ -226,6 +206,14 @@ def _lookup(table: Embedding) -> Start:
 
 def _constant(value: Tensor) -> Start:
     return lambda ids, position: value
+
+
+def _normed(step: Step, norm: Callable[[Tensor], Tensor]) -> Step:
+    def normed(x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+        x, state = step(x, state, oracle)
+        return norm(x), state
+
+    return normed
 
 
 def _ready(rule: UpdateRule) -> UpdateRule:
@@ -273,6 +261,11 @@ class _ReadyRMSNorm(_ReadyNorm):
 
     def _of_sum(self, u: Tensor) -> Tensor:
         return torch.rms_norm(u, self._shape, self.weight, self._eps)
+
+
+def _pre_norm(module: Attention | MLP) -> Callable[[Tensor], Tensor]:
+    """What an oracle does to its input first."""
+    return _ready_norm(module.norm) if module.pre_norm else lambda x: x
 
 
 def _ready_norm(module: nn.Module) -> _ReadyNorm:

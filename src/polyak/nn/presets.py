@@ -6,13 +6,15 @@ from typing import Any, Literal, get_args
 
 from polyak.errors import unknown
 
-Preset = Literal["paper", "gpt2", "llama"]
+Preset = Literal["paper", "gpt2", "llama", "momentum_transformer"]
 
 PAPER: dict[str, Any] = {
     "positions": "learned",
+    "position_mix": "added",
     "rope_theta": 10000.0,
     "norm": "layer",
     "norm_eps": 1e-5,
+    "norm_position": "pre",
     "mlp": "plain",
     "mlp_width": None,
     "activation": "gelu",
@@ -39,6 +41,20 @@ LLAMA: dict[str, Any] = {
 """Llama: and grouped-query attention, see `preset_fields`."""
 
 
+MOMENTUM_TRANSFORMER: dict[str, Any] = {
+    **PAPER,
+    "positions": "sinusoidal",
+    "position_mix": "concatenated",
+    "norm_position": "post",
+    "activation": "relu",
+    "bias": True,
+    "tie_embeddings": False,
+}
+"""The backbone of arXiv:2208.00579's copy task and images."""
+
+_FIXED = {"paper": PAPER, "gpt2": GPT2, "momentum_transformer": MOMENTUM_TRANSFORMER}
+
+
 def preset_fields(name: str, num_heads: int) -> dict[str, Any]:
     """The fields that a preset sets, for a model of so many heads.
 
@@ -53,4 +69,4 @@ def preset_fields(name: str, num_heads: int) -> dict[str, Any]:
     if name == "llama":
         groups = [n for n in range(1, num_heads // 4 + 1) if num_heads % n == 0]
         return {**LLAMA, "num_kv_heads": max(groups, default=1)}
-    return dict(GPT2 if name == "gpt2" else PAPER)
+    return dict(_FIXED[name])

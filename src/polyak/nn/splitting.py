@@ -4,6 +4,8 @@ With oracles A (attention) and M (MLP), one layer of a rule S(x; O) is
 
 - `lie_trotter`: x ← S(x; A), then x ← S(x; M), two steps with their own scalars and norms;
 - `simultaneous`: x ← S(x; A + M), one step on both oracles at the same point (Euler).
+
+In a post-norm model each substep ends with x ← LN(x), by the norm of the oracle it called.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from polyak.nn.config import Splitting
 from polyak.nn.context import Context
 from polyak.nn.mlp import MLP
 from polyak.rules import Oracle
+from polyak.rules._norms import LayerNorm, RMSNorm
 
 SUBSTEPS: dict[Splitting, tuple[str, ...]] = {
     "lie_trotter": ("attention", "mlp"),
@@ -36,3 +39,8 @@ def oracle_of(
 
     oracles: dict[str, Oracle] = {"attention": attend, "mlp": mlp, "layer": both}
     return oracles[substep]
+
+
+def norm_after(substep: str, attention: Attention, mlp: MLP) -> LayerNorm | RMSNorm:
+    """The norm of x that ends a substep of a post-norm model."""
+    return attention.norm if substep == "attention" else mlp.norm

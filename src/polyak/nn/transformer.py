@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak import rules
@@ -15,40 +14,11 @@ from polyak.nn.attention import Attention
 from polyak.nn.cache import Cache
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context, context_of
+from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
 from polyak.nn.norms import norm
-from polyak.nn.splitting import SUBSTEPS, oracle_of
+from polyak.nn.splitting import SUBSTEPS, norm_after, oracle_of
 from polyak.rules import State, Stream, UpdateRule
-
-
-class Embedding(nn.Module):
-    """Learned token and position tables: (B, T) ids → (B, T, d).
-
-    With rotary positions there is a token table only.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = (
-            nn.Embedding(config.context_length, config.d_model)
-            if config.positions == "learned"
-            else None
-        )
-
-    def forward(self, input_ids: Tensor, context: Context | None = None) -> Tensor:
-        """Token plus position vectors; positions count from 0 unless the context says else."""
-        x = self.tokens(input_ids)
-        if self.positions is None:
-            pass
-        elif context is None:
-            x = x + self.positions.weight[: input_ids.shape[1]]
-        elif context.positions is None:
-            x = x + self.positions.weight[context.past : context.length]
-        else:
-            x = x + self.positions(context.positions)
-        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -56,6 +26,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, rule: type[UpdateRule], kind: type[Attention]) -> None:
         super().__init__()
+        self.post_norm = config.norm_position == "post"
         self.attention = kind(config)
         self.mlp = MLP(config)
         self.rules = nn.ModuleDict(
@@ -75,10 +46,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: State, context: Context | None = None
     ) -> tuple[Tensor, State]:
-        """One step of the rule per substep; x is (B, T, d)."""
+        """One step of the rule per substep; x is (B, T, d), and normed after it if post-norm."""
         rule: UpdateRule
         for substep, rule in self.rules.items():  # type: ignore[assignment]  # a Module to torch
             x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp, context))
+            if self.post_norm:
+                x = norm_after(substep, self.attention, self.mlp)(x)
         return x, state
 
 
@@ -87,7 +60,8 @@ class Transformer(nn.Module):
 
     Initialisation, as released: token, position and stream tables and linear weights N(0, 0.02),
     the two output projections of a layer N(0, 0.02/√(2·layers)), norm weights 1, biases 0,
-    rule scalars at their initial values.
+    rule scalars at their initial values. Tokens beside sinusoids of amplitude 1 are N(0, 1), as
+    in the release that has them (arXiv:2208.00579), unless their table is the output matrix too.
 
     Args:
         config: the architecture.
@@ -102,7 +76,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config)
         self.streams = nn.ModuleDict(
             {
-                stream.name: Embedding(config)
+                stream.name: Embedding(config, stream.name)
                 for stream in self.rule.streams
                 if self._learned(stream)
             }
@@ -150,6 +124,8 @@ class Transformer(nn.Module):
             seed = int(torch.randint(2**62, (), device="cpu"))
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        beside = self.config.positions == "sinusoidal" and not self.config.tie_embeddings
+        unit = 1.0 if beside else 0.02
         modules = sorted(self.named_modules(), key=lambda named: named[0].startswith("streams."))
         for name, module in modules:
             if isinstance(module, nn.Linear):
@@ -158,7 +134,7 @@ class Transformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                _draw_normal(module.weight, 0.02, generator)
+                _draw_normal(module.weight, unit if name == "embedding.tokens" else 0.02, generator)
 
     def forward(
         self,
@@ -174,7 +150,8 @@ class Transformer(nn.Module):
             input_ids: the tokens; with a cache, those after the cached ones.
             attention_mask: (B, S), true or 1 for real tokens and false or 0 for padding, which
                 nothing attends to; S counts cached tokens too.
-            position_ids: (B, T); default 0, 1, … from the first real token.
+            position_ids: (B, T); default 0, 1, … from the first real token. A model with
+                positions=none has no use for them.
             cache: keys and values (or states) of the tokens before, to which those of these are
                 appended: `polyak.nn.cache.KeyValueCache`, or a cache of transformers.
 
@@ -231,8 +208,9 @@ class Transformer(nn.Module):
     ) -> Context | None:
         """What `forward` passes to every block, for passes that go from block to block.
 
-        None where there is nothing to pass: whole sequences without padding and with learned
-        positions. One context serves one pass. Arguments and errors are those of `forward`.
+        None where there is nothing to pass: whole sequences without padding, whose positions are
+        not rotary (layers share a table of those), and no coefficient of attention that is the
+        model's. One context serves one pass. Arguments and errors are those of `forward`.
         """
         return context_of(
             self.config,

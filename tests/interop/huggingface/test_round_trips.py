@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.25},
     "encoder": {"causal": False},
     "gpt2": preset_fields("gpt2", 3),
+    "momentum_transformer": preset_fields("momentum_transformer", 3),
     "llama": {**preset_fields("llama", 3), "qk_norm": True, "head_dim": 6},
     "llama tied": {**preset_fields("llama", 3), "tie_embeddings": True, "causal": False},
     "everything": {"tie_embeddings": False, "splitting": "simultaneous", "bias": True},

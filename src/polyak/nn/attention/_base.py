@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak.errors import AttentionError, ConfigError
 from polyak.nn.attention._options import Coefficient, Option, learned_option, resolve
 from polyak.nn.config import ModelConfig
-from polyak.nn.context import Context
+from polyak.nn.context import Context, places
 from polyak.nn.norms import head_norm, norm
 from polyak.nn.rotary import rotary_table, rotate
 
 
 class Attention(nn.Module):
     r"""Multi-head attention of LN(x), with fused query, key and value projections.
+
+    In a post-norm model it sees x itself, and `norm` is applied after the step.
 
     What is common to all kinds; a kind defines `attend`. H query heads share H_kv heads of keys
     and values, H/H_kv neighbours each; with rotary positions, queries and keys are turned, after
@@ -58,6 +59,7 @@ class Attention(nn.Module):
         d, bias = config.d_model, config.bias if config.qkv_bias is None else config.qkv_bias
         self.num_heads, self.causal, self.dropout = config.num_heads, config.causal, config.dropout
         self.num_kv_heads, self.head_dim = config.kv_heads, config.head_width
+        self.pre_norm = config.norm_position == "pre"
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.rope_scaling = config.rope_scaling
         self.options = self.resolve(config.attention_options, causal=config.causal)
@@ -138,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, T, d) → (B, T, d); with a context, padding is not seen and cached keys are."""
         dropout = self.dropout if self.training else 0.0
-        heads = self.qkv(self.norm(x)).unflatten(-1, (-1, self.head_dim))
+        heads = self.qkv(self.norm(x) if self.pre_norm else x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -154,10 +156,7 @@ class Attention(nn.Module):
         assert self.rope_theta is not None
         if context is not None and context.rotary is not None:
             return context.rotary
-        start = 0 if context is None else context.past
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        if context is not None and context.positions is not None:
-            positions = context.positions
+        positions = places(x.shape[1], x.device, context)
         table = rotary_table(positions, self.head_dim, self.rope_theta, x.dtype, self.rope_scaling)
         if context is not None:
             context.rotary = table
