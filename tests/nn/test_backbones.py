@@ -318,7 +318,9 @@ def test_tokens_beside_sinusoids_start_as_large_as_they_are(build: Build) -> Non
         shape = {**SHAPE, **BACKBONES[backbone], **fields, "vocab_size": 500}
         model = Transformer(ModelConfig(rule="triple_momentum", **shape))
         assert float(model.embedding.tokens.weight.detach().std()) == pytest.approx(size, rel=0.1)
-        assert float(model.streams["v"].tokens.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        assert float(model.streams["v"].tokens.weight.detach().std()) == pytest.approx(
+            0.02, rel=0.1
+        )
 
 
 @every_rule
