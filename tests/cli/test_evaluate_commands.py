@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
     for words, says in (
         (["evaluate"], "no run is named"),
         (["evaluate", str(tmp_path / "none")], "does not exist"),
-        (["evaluate", str(corrupt)], "cannot be loaded"),
+        (["evaluate", str(corrupt)], "is not the file that was written"),
         (["evaluate", str(gone)], "cannot be loaded"),
         (["evaluate", str(seeing)], "seeing is not causal"),
         (["evaluate", str(run), "--tokens", "0"], "tokens=0"),
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
         (["evaluate", str(run), "--split", "test"], "has no test side"),
         (["forgetting", str(run)], "no corpus is named"),
         (["forgetting", *onto], "no run is named"),
-        (["forgetting", str(corrupt), *onto], "cannot be loaded"),
+        (["forgetting", str(corrupt), *onto], "is not the file that was written"),
         (["forgetting", str(seeing), *onto], "seeing is not causal"),
         (["forgetting", str(run), *onto, "--steps", "0"], "steps=0"),
         (["forgetting", str(run), *onto, "--steps", "9"], "warmup=50 is longer than steps=9"),

@@ -23,8 +23,14 @@ from polyak.study.sharpness.page import tables
 from polyak.training.loop import train
 
 Streams = pytest.CaptureFixture[str]
-SMALL = ["--tokens", "64", "--density-probes", "2", "--density-steps", "6", "--top-k", "2"]
-SMALL += ["--max-probes", "20", "--max-products", "80"]
+SMALL = {"tokens": 64, "density-probes": 2, "density-steps": 6, "top-k": 2}
+SMALL |= {"max-probes": 20, "max-products": 80}
+
+
+def small(**other: object) -> list[str]:
+    """Options of a small measurement, some of them others."""
+    chosen = SMALL | {name.replace("_", "-"): value for name, value in other.items()}
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def results_of(out: Path) -> dict[str, Any]:
 
 def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Streams) -> None:
     out = tmp_path / "out"
-    words = [*SMALL, "--groups", "--gauss-newton", "--rho", "0.05", "--rho", "0.5"]
+    words = [*small(), "--groups", "--gauss-newton", "--rho", "0.05", "--rho", "0.5"]
     given = [str(runs / "gradient_descent"), str(runs / "triple_momentum")]
     assert main(["sharpness", *given, *words, "--out", str(out)]) == 0
     said = capsys.readouterr().out
@@ -72,8 +78,8 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
 
 
 def test_the_same_seed_gives_the_same_numbers(runs: Path, tmp_path: Path) -> None:
-    words = [str(runs / "gradient_descent"), *SMALL, "--dtype", "float64", "--tolerance", "1e-7"]
-    words += ["--max-products", "400", "--top-k", "1", "--slice-radius", "0", "--scale", "none"]
+    words = [str(runs / "gradient_descent"), *small(max_products=400, top_k=1)]
+    words += ["--dtype", "float64", "--tolerance", "1e-7", "--slice-radius", "0", "--scale", "none"]
     for out, seed in (("one", "0"), ("two", "0"), ("other", "1")):
         assert main(["sharpness", *words, "--seed", seed, "--out", str(tmp_path / out)]) == 0
     one, two, other = (
@@ -93,8 +99,8 @@ def test_the_same_seed_gives_the_same_numbers(runs: Path, tmp_path: Path) -> Non
 
 
 def test_a_group_is_the_dense_block(runs: Path, tmp_path: Path) -> None:
-    words = [str(runs / "triple_momentum"), *SMALL, "--dtype", "float64", "--groups"]
-    words += ["--density-probes", "0", "--slice-radius", "0", "--scale", "none"]
+    words = [str(runs / "triple_momentum"), *small(density_probes=0), "--dtype", "float64"]
+    words += ["--groups", "--slice-radius", "0", "--scale", "none"]
     assert main(["sharpness", *words, "--out", str(tmp_path / "out")]) == 0
     found = results_of(tmp_path / "out")["runs"][0]["found"]
     assert not {"density", "slices", "scaled"} & set(found)
@@ -111,8 +117,8 @@ def test_a_group_is_the_dense_block(runs: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["sharpness", str(runs / "gradient_descent"), *SMALL, "--out", str(out)]
-    long = [*words, "--density-steps", "60", "--density-probes", "400"]
+    words = ["sharpness", str(runs / "gradient_descent"), "--out", str(out)]
+    long = [*words, *small(density_steps=60, density_probes=400)]
     process = subprocess.Popen(
         command(*long),
         env=environment(runs / "cache"),
@@ -141,9 +147,8 @@ def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) 
     # as if fewer had been asked for, so that this test ends
     before["settings"]["density_probes"] = found["density"]["probes"] + 1
     (out / "results.json").write_text(json.dumps(before))
-    again = [*words, "--density-steps", "60"]
-    again += ["--density-probes", str(found["density"]["probes"] + 1)]
-    assert main(again) == 0
+    probes = found["density"]["probes"] + 1
+    assert main([*words, *small(density_steps=60, density_probes=probes)]) == 0
     after = results_of(out)["runs"][0]["found"]
     assert results_of(out)["status"] == "complete"
     assert after["spectrum"] == found["spectrum"]  # with its seconds: not measured again
@@ -168,7 +173,7 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: Streams, corp
     for words, says in (
         ([], "no run is named"),
         ([tmp_path / "missing"], "does not exist"),
-        ([corrupt], "cannot be loaded"),
+        ([corrupt], "is not the file that was written"),
         ([unfinished], "did not finish"),
         ([both], "causal"),
         ([run, "--corpus", short], "too short"),

@@ -125,7 +125,7 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: Streams, corp
     for words, says in (
         ([], "no run is named"),
         ([tmp_path / "missing"], "does not exist"),
-        ([corrupt], "cannot be loaded"),
+        ([corrupt], "is not the file that was written"),
         ([both], "causal"),
         ([run, "--corpus", short], "too short"),
         ([run, "--corpus", "stdlibb"], "did you mean 'stdlib'?"),

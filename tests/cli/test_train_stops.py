@@ -17,6 +17,7 @@ from tiny_runs import SETTINGS, TWIN, command, environment, heeding, polyak, wri
 
 from polyak.training.processes.distributed import World
 from polyak.training.runs.checkpoints import Checkpoints
+from polyak.training.runs.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses POSIX signals")
 
@@ -58,7 +59,8 @@ def start(place: Path, *given: object, **variables: str) -> subprocess.Popen[str
 
 def newest(run: Path) -> int:
     """The step of the newest whole checkpoint; 0 when there is none."""
-    found = Checkpoints(run / "checkpoints", world=World()).newest()
+    identity = RunFolder(run).identity()
+    found = Checkpoints(run / "checkpoints", world=World(), run=identity).newest()
     return 0 if found is None else found.step
 
 

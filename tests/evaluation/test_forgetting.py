@@ -102,7 +102,7 @@ def test_the_optimizer_is_a_choice_and_micro_batches_change_nothing(
     adamw = forget(subject, str(other), config(other))
     parts = forget(subject, str(other), config(other, micro_batch_size=2))
     assert parts["forgetting"]["value"] == pytest.approx(adamw["forgetting"]["value"], abs=1e-5)
-    muon = forget(subject, str(other), config(other, optimizer="muon", muon_lr=0.02))
+    muon = forget(subject, str(other), config(other, optimizer="muon", muon_lr=0.005))
     assert abs(muon["plasticity"]["value"] - adamw["plasticity"]["value"]) > 1e-3
 
 
