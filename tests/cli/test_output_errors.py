@@ -81,7 +81,9 @@ def code_of(place: Path, given: list[str], kind: str) -> int:
         return process.wait(timeout=120)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+)
 def test_training_goes_on_to_its_end(place: Path, kind: str) -> None:
     assert code_of(place, TRAIN, kind) == 0
     assert json.loads((place / "run/result.json").read_text())["steps"] == 6
@@ -91,6 +93,7 @@ def test_training_goes_on_to_its_end(place: Path, kind: str) -> None:
         json.loads(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a closed pipe", "closed descriptors"])
 def test_comparing_and_preparing_go_on_to_their_end(place: Path, kind: str) -> None:
     given = words("gradient_descent", place / "out", "--jobs", 1, seeds=1, steps=2)
@@ -148,6 +151,7 @@ def test_commands_that_only_print_end_with_their_reader(place: Path) -> None:
     assert (done.returncode, done.stderr) == (1, line)
 
 
+@pytest.mark.slow
 def test_signals_that_were_ignored_at_the_start_stay_ignored(place: Path) -> None:
     def ignore() -> None:
         for which in (signal.SIGINT, signal.SIGHUP):

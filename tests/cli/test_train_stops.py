@@ -149,7 +149,15 @@ def test_thirty_kills_lose_nothing_but_the_step_under_way(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name
+    "which",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(which, marks=pytest.mark.slow)
+            for which in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        ),
+    ],
+    ids=lambda which: which.name,
 )
 def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     place: Path, which: signal.Signals
@@ -175,6 +183,7 @@ def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     assert log(place / "run")[-1]["step"] == 60
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_working_folder(place: Path, tmp_path: Path) -> None:
     (place / "texts").mkdir()
     (place / "corpus.txt").rename(place / "texts" / "corpus.txt")

@@ -233,7 +233,9 @@ def test_unknown_tasks_and_folders_are_one_line(tasks: Path, tmp_path: Path) -> 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", ["told to stay offline", "no answer"])
+@pytest.mark.parametrize(
+    "way", ["told to stay offline", pytest.param("no answer", marks=pytest.mark.slow)]
+)
 def test_a_data_set_out_of_reach_is_one_line(run: Path, tmp_path: Path, way: str) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     if way == "no answer":  # asked once: six tries would be told on standard error

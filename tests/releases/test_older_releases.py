@@ -62,6 +62,7 @@ def test_its_run_goes_on_as_the_release_itself_went_on(kept: Path) -> None:
     assert losses(kept / "run")[-1][1] == 8
 
 
+@pytest.mark.slow
 @each_release
 def test_its_run_is_evaluated_on_the_tokens_that_it_was_validated_on(kept: Path) -> None:
     done(kept, "evaluate", "run", "--tokens", 128, "--out", "losses")
@@ -91,6 +92,7 @@ def test_its_run_keeps_its_split_also_where_the_whole_line_is_repeated(kept: Pat
     assert "split" in refused.stderr
 
 
+@pytest.mark.slow
 @each_release
 def test_its_run_is_drawn(kept: Path) -> None:
     done(kept, "report", "run", "--out", "page")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyak import Transformer, rules
 
-IN_EVERY_RUN = ("triple_momentum",)
+IN_EVERY_RUN = ("gradient_descent",)
 WITH_BREAKS = ("muon", "ortho", "shampoo", "soap")
 """Their matrix functions have forward-mode derivatives of their own, which the tracer cannot take
 in (torch 2.13): the graph breaks there and they run as they are."""
