@@ -154,6 +154,14 @@ def test_a_widened_llama_keeps_what_rotary_positions_need() -> None:
     assert dataclasses.replace(wide, d_model=20) == baseline.model
 
 
+def test_a_widened_model_has_room_for_pairs_of_sinusoids() -> None:
+    for brackets, unit in (("preset=momentum_transformer", 12), ("positions=sinusoidal", 6)):
+        baseline = parse_entry(f"gradient_descent[{brackets},num_heads=3,d_model=12]", BASE)
+        wide = widened(baseline, cost(baseline.model).total_parameters * 2).model
+        assert wide.d_model > 12
+        assert wide.d_model % unit == 0
+
+
 def test_a_preset_in_brackets_sets_its_fields_and_those_beside_it_win() -> None:
     first, second, paper = parse_entries(
         "adam[preset=llama],adam[norm=layer,preset=llama,num_heads=8],adam[preset=paper]",
@@ -166,6 +174,16 @@ def test_a_preset_in_brackets_sets_its_fields_and_those_beside_it_win() -> None:
     assert second.model == wanted
     assert second.model.num_kv_heads == 2
     assert paper.model == dataclasses.replace(BASE, rule="adam")
+    base = ModelConfig(attention="momentum", attention_options={"mu": 0.3})
+    for inside, kind, options in (
+        ("", "momentum", {"mu": 0.3}),
+        ("attention.mu=0.5", "momentum", {"mu": 0.5}),
+        ("preset=llama", "softmax", {}),
+        ("preset=llama,attention=linear", "linear", {}),
+        ("preset=llama,attention=momentum", "momentum", {"mu": 0.3}),
+    ):
+        model = parse_entry(f"adam[{inside}]", base).model
+        assert (model.attention, model.attention_options) == (kind, options)
     with pytest.raises(ConfigError, match="unknown preset 'lama'; did you mean 'llama'"):
         parse_entry("adam[preset=lama]", BASE)
     run = override(RunConfig(), ["model.preset=gpt2", "model.num_layers=3"])

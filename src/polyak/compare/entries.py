@@ -83,9 +83,11 @@ def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry
     model = dataclasses.replace(base, **plain)
     settings = dict(found.fields)
     start = settings.pop("stream_start", base.stream_start)
-    attention = settings.pop("attention", base.attention)
-    inherited = base.attention_options if attention == base.attention else {}
+    attention = settings.pop("attention", None)
     model = replace_all(model, settings)
+    if attention is None:
+        attention = model.attention if "preset" in settings else base.attention
+    inherited = base.attention_options if attention == base.attention else {}
     if start is not None and str(start).lower() == "none":
         start = None
     model = dataclasses.replace(

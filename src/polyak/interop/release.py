@@ -43,7 +43,7 @@ def released_names(model: Transformer) -> dict[str, str]:
             splitting).
     """
     config = model.config
-    own = {"norm_eps": config.norm_eps, "splitting": "lie_trotter", "attention": "softmax"}
+    own = {"norm_eps": config.norm_eps, "splitting": "lie_trotter"}
     released = {**PAPER, **own}
     if config.kv_heads == config.num_heads:
         released["num_kv_heads"] = config.num_kv_heads

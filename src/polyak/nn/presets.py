@@ -9,6 +9,7 @@ from polyak.errors import unknown
 Preset = Literal["paper", "gpt2", "llama", "momentum_transformer"]
 
 PAPER: dict[str, Any] = {
+    "attention": "softmax",
     "positions": "learned",
     "position_mix": "added",
     "rope_theta": 10000.0,
@@ -50,7 +51,7 @@ MOMENTUM_TRANSFORMER: dict[str, Any] = {
     "bias": True,
     "tie_embeddings": False,
 }
-"""The backbone of arXiv:2208.00579's copy task and images."""
+"""The backbone of arXiv:2208.00579's copy task and images; its coefficients are the task's."""
 
 _FIXED = {"paper": PAPER, "gpt2": GPT2, "momentum_transformer": MOMENTUM_TRANSFORMER}
 

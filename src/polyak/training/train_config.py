@@ -96,7 +96,7 @@ def resolve(options: TrainOptions) -> RunConfig:
     if options.resume:  # a run keeps its split, whatever is today's
         base = {"split": _recorded(options.out)["split"], **base}
     given = _given(options)
-    return recipes.build(recipes.layered(recipes.without_other_pieces(base, given), given))
+    return recipes.build(recipes.layered(base, given))
 
 
 _TEXT = ("corpus", "text_field", "encoding")

@@ -192,29 +192,29 @@ def _read(name_or_path: str, beside: Path, chain: tuple[str, ...]) -> Settings:
         below = _read(base, Path() if own else source.parent, (*chain, identity))
     except ConfigError as error:
         raise type(error)(f"recipe {name_or_path}: base: {error}") from error
-    return layered(without_other_pieces(below, settings), settings)
+    return layered(below, settings)
 
 
 def layered(below: Settings, settings: Settings) -> Settings:
     """`settings` over those below them; `model.preset` becomes the fields it sets.
 
-    They win over the fields below, and those set beside the preset win over it.
+    They win over the fields below, and those set beside the preset win over it. What is below and
+    speaks of a rule's or attention's own parts goes where another comes.
     """
     above = dict(settings)
     preset = above.pop(PRESET, None)
-    if preset is None:
-        return {**below, **above}
-    heads = {**below, **above}.get("model.num_heads", ModelConfig().num_heads)
-    fields = {f"model.{name}": value for name, value in preset_fields(preset, heads).items()}
-    return {**below, **fields, **above}
+    if preset is not None:
+        heads = {**below, **above}.get("model.num_heads", ModelConfig().num_heads)
+        fields = {f"model.{name}": value for name, value in preset_fields(preset, heads).items()}
+        above = {**fields, **above}
+    return {**_without_other_pieces(below, above), **above}
 
 
-def without_other_pieces(below: Settings, settings: Settings) -> Settings:
-    """What is below, without what speaks of a rule's or attention's own parts if another comes."""
+def _without_other_pieces(below: Settings, above: Settings) -> Settings:
     kept = dict(below)
     own = {"model.rule": (FREE, "model.stream_start"), "model.attention": (ATTENTION,)}
     for axis, parts in own.items():
-        if settings.get(axis, below.get(axis)) != below.get(axis):
+        if above.get(axis, below.get(axis)) != below.get(axis):
             kept = {key: value for key, value in kept.items() if not key.startswith(parts)}
     return kept
 
