@@ -82,6 +82,50 @@ def test_options_hold(rule: str, fields: dict[str, Any], tiny_model: Build) -> N
     check(tiny_model(rule, **fields))
 
 
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"normalize": False, "scale": "head_dim", "feature_map": "identity"}),
+    ("linear", {"scale": "head_dim", "eps": 0.1}),
+    ("momentum", {"mu": 0.8, "gamma": 0.5}),
+    ("momentum", {"mu_learned": "head", "gamma_learned": "model", "feature_map": "softplus"}),
+    ("momentum", {"mu_learned": "layer", "weighted_normalizer": True}),
+    ("momentum", {"normalize": False}),
+    ("adaptive_momentum", {"gamma": 0.7}),
+    ("adaptive_momentum", {"gamma_learned": "head", "first_step": "gamma"}),
+    ("adaptive_momentum", {"normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_attention_with_a_state_gets_the_logits_of_the_full_forward(
+    kind: str, options: dict[str, Any], tiny_model: Build
+) -> None:
+    given = {"attention": kind, "attention_options": options}
+    check(tiny_model("triple_momentum", **given))
+    check(tiny_model("gradient_descent", splitting="simultaneous", **{**given, **QWEN}))
+    check(tiny_model("nesterov", dtype=torch.float32, **given), 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
+def test_a_state_goes_on_beyond_the_context(kind: str, tiny_model: Build) -> None:
+    model = tiny_model("nesterov", attention=kind, **{**LLAMA, "num_heads": 4, "d_model": 16})
+    ids = torch.randint(11, (2, 30))
+    with torch.inference_mode():
+        expected = model(ids)
+        one = Decoder(model, [ids[0, :2].tolist()])
+        rows = Decoder(model, [ids[0, :2].tolist(), ids[1, :9].tolist()])
+        found, beside = one.logits()[0], rows.logits()
+        assert (found - expected[0, 1]).abs().max() < 1e-10
+        for place in range(2, 21):
+            found = one.logits(ids[:1, place])[0]
+            beside = rows.logits(torch.stack((ids[0, place], ids[1, place + 7])))
+        assert (found - expected[0, 20]).abs().max() < 1e-10
+        assert (beside[0] - expected[0, 20]).abs().max() < 1e-10
+        assert (beside[1] - expected[1, 27]).abs().max() < 1e-10
+    assert one._one is not None
+    assert one.rereads == [0]
+
+
 @pytest.mark.parametrize("fields", [{"bias": True}, QWEN, preset_fields("gpt2", 4)])
 def test_matrices_in_blocks_are_the_same(
     fields: dict[str, Any], tiny_model: Build, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +159,9 @@ class Below(Twice):
 def test_rules_of_a_users_own_hold(
     rule: type[UpdateRule], registered: Any, tiny_model: Build
 ) -> None:
-    check(tiny_model(registered("mine", rule)))
+    name = registered("mine", rule)
+    check(tiny_model(name))
+    check(tiny_model(name, attention="momentum"))
 
 
 def test_scalars_are_read_anew_by_every_generation(tiny_model: Build) -> None:

@@ -18,14 +18,17 @@ class Decoder:
 
     Rows of different lengths are padded on the left, where nothing attends to.
 
-    A model with learned positions cannot look beyond its context. A row that fills the context
-    goes on from its last `context_length // 2` tokens, which are read again from position 0, so
-    that over time a token is predicted from the last T/2 to T tokens at about twice the work.
-    A single step back at a time would cost a pass over the whole context for every token.
+    A model with learned positions cannot look beyond its context, and one that keeps keys and
+    values would need ever more memory. A row that fills the context then goes on from its last
+    `context_length // 2` tokens, which are read again from position 0, so that over time a token
+    is predicted from the last T/2 to T tokens at about twice the work. A single step back at a
+    time would cost a pass over the whole context for every token. A model without an end
+    (`Transformer.longest`) reads all of a row once, and takes the same memory for ever.
 
     Args:
         model: in evaluation mode.
-        rows: each row's tokens, at least one; only the last `context_length` are read.
+        rows: each row's tokens, at least one; only the last `context_length` are read of a
+            model that has an end.
 
     Raises:
         ConfigError: a row is empty, or a token is not one of the model's.
@@ -48,7 +51,8 @@ class Decoder:
             raise ConfigError("a model with causal=False cannot continue a text")
         self.model, self.context = model, config.context_length
         self.device = next(model.parameters()).device
-        self.rows = [list(row[-self.context :]) for row in rows]
+        self.endless = model.longest is None
+        self.rows = [list(row if self.endless else row[-self.context :]) for row in rows]
         self.rereads = [0] * len(rows)
         self._cache: KeyValueCache | None = None
         self._padding: Tensor | None = None
@@ -66,7 +70,7 @@ class Decoder:
         numbers = tokens.tolist()
         for row, token in zip(self.rows, numbers, strict=True):
             row.append(token)
-        if self._width == self.context:
+        if self._width == self.context and not self.endless:
             half = max(1, self.context // 2)
             for place, row in enumerate(self.rows):
                 if len(row) > self.context:
@@ -110,9 +114,12 @@ class Decoder:
     def _forward(self, ids: Tensor) -> Tensor:
         mask = positions = None
         if self._padding is not None:
-            places = torch.arange(self._width, device=self.device)
-            mask = places >= self._padding[:, None]
-            positions = (places[-ids.shape[1] :] - self._padding[:, None]).clamp_(min=0)
+            first = self._width - ids.shape[1]
+            places = torch.arange(first, self._width, device=self.device)
+            positions = (places - self._padding[:, None]).clamp_(min=0)
+            if not (self.endless and first):  # a state holds no padding to look away from
+                places = torch.arange(self._width, device=self.device)
+                mask = places >= self._padding[:, None]
         features = self.model.features(
             ids, attention_mask=mask, position_ids=positions, cache=self._cache
         )

@@ -142,7 +142,8 @@ def generate(
     rounding of sums. A tokenizer's `prefix` stands before every prompt. An empty prompt begins a
     document: without a prefix, the model is given the end-of-text token.
     Of a prompt longer than the context the last tokens are read; what happens where a text grows
-    beyond the context says `Decoder`. Warnings say which of these happen (see `notes`).
+    beyond the context says `Decoder`. Models without an end (`Transformer.longest`) know neither.
+    Warnings say which of these happen (see `notes`).
 
     Args:
         model: in evaluation mode.
@@ -237,6 +238,8 @@ def notes(
     empty = [number for number, prompt in enumerate(prompts, 1) if not prompt]
     if empty:
         found.append(f"{_named(empty)} empty: a new document begins")
+    if model.longest is None:
+        return found
     long = [number for number, row in enumerate(rows, 1) if len(row) > context]
     if long:
         most = max(len(rows[number - 1]) for number in long)

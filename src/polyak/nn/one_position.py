@@ -18,21 +18,35 @@ class Turn:
         self._table: tuple[Tensor, Tensor] | None = None
         if module.rope_theta is None:
             return
-        weight, d = module.qkv.weight, module.head_dim
-        places = torch.arange(length, device=weight.device)
-        cos, sin = rotary_table(places, d, module.rope_theta, weight.dtype, module.rope_scaling)
-        self._table = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (length, 1, D)
+        self._module, self._length = module, length
+        self._part, self._table = 0, self._tabulated(0)
+        cos, _ = self._table
         turned = module.num_heads + module.num_kv_heads
-        shape = turned + module.num_kv_heads, 1, d
+        shape = turned + module.num_kv_heads, 1, module.head_dim
         self._cos, self._sin = cos.new_ones(shape), cos.new_zeros(shape)
         self._turned = self._cos[:turned], self._sin[:turned]
-        self._half = d // 2
+        self._half = module.head_dim // 2
+
+    def _tabulated(self, part: int) -> tuple[Tensor, Tensor]:
+        """Angles of the `length` positions from part·length on, (length, 1, D) each."""
+        module, first = self._module, part * self._length
+        weight: Tensor = module.qkv.weight
+        places = torch.arange(first, first + self._length, device=weight.device)
+        assert module.rope_theta is not None
+        cos, sin = rotary_table(
+            places, module.head_dim, module.rope_theta, weight.dtype, module.rope_scaling
+        )
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def to(self, position: int) -> None:
         """Angles for heads until the next call."""
-        if self._table is not None:
-            for values, table in zip(self._turned, self._table, strict=True):
-                values.copy_(table[position])
+        if self._table is None:
+            return
+        part, place = divmod(position, self._length)
+        if part != self._part:  # beyond the context
+            self._part, self._table = part, self._tabulated(part)
+        for values, table in zip(self._turned, self._table, strict=True):
+            values.copy_(table[place])
 
     def __call__(self, heads: Tensor) -> Tensor:
         """(heads, 1, D) → the same; queries, keys and values in this order."""

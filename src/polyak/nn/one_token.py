@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from polyak import ops
 from polyak.nn.attention import Attention
+from polyak.nn.attention._matrix import MatrixAttention
 from polyak.nn.attention.softmax import SoftmaxAttention
 from polyak.nn.cache import KeyValueCache
 from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
 from polyak.nn.one_position import Sinusoids, Turn
+from polyak.nn.one_state import KINDS, OneState, Scratch
 from polyak.nn.one_vector import is_large, product
 from polyak.nn.splitting import SUBSTEPS, norm_after
 from polyak.nn.transformer import Transformer
@@ -45,7 +47,13 @@ class OneToken:
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
         config, rule = model.config, model.rule
         self._position = cache.get_seq_length()
-        self._store = _copied(cache, self._position)
+        self._store = _copied(cache, self._position) if cache.slots else None
+        self._states: dict[int, Any] = dict(enumerate(cache.states))
+        self._shared: dict[str, Tensor] = dict(model.attention_scalars.items())
+        self._scratch: Scratch | None = None
+        if self._states:
+            kind: Any = model.blocks[0].attention
+            self._scratch = Scratch(kind, model.head.weight)
         self._new: tuple[Tensor, ...] = ()
         self._keys: tuple[Tensor, ...] = ()
         self._values: tuple[Tensor, ...] = ()
@@ -53,7 +61,8 @@ class OneToken:
         self._turn = Turn(model.blocks[0].attention, config.context_length)  # type: ignore[arg-type]
         self._steps = []
         for block in model.blocks:
-            attention = self._attention(block.attention)  # type: ignore[arg-type]
+            kind = block.attention
+            attention = self._attention(kind) if self._store is not None else self._state_of(kind)
             mlp = _mlp(block.mlp)  # type: ignore[arg-type]
             oracles = {"attention": attention, "mlp": mlp, "layer": _both(attention, mlp)}
             for substep in SUBSTEPS[config.splitting]:
@@ -90,7 +99,7 @@ class OneToken:
         for block in model.blocks:
             attention: Any = block.attention
             mlp: Any = block.mlp
-            if type(attention) is not SoftmaxAttention or type(mlp) is not MLP:
+            if type(attention) not in (SoftmaxAttention, *KINDS) or type(mlp) is not MLP:
                 return False
             if type(attention.norm) not in norms or type(mlp.norm) not in norms:
                 return False
@@ -100,9 +109,10 @@ class OneToken:
     def logits(self, token: Tensor) -> Tensor:
         """Logits (1, V) after the token (1,), which is read and kept."""
         ids, position, self._slot = token[None], self._position, 0
-        self._new = self._store.narrow(3, position, 1).unbind(0)
-        keys, values = self._store.narrow(3, 0, position + 1).unbind(1)
-        self._keys, self._values = keys.transpose(2, 3).unbind(0), values.unbind(0)
+        if self._store is not None:
+            self._new = self._store.narrow(3, position, 1).unbind(0)
+            keys, values = self._store.narrow(3, 0, position + 1).unbind(1)
+            self._keys, self._values = keys.transpose(2, 3).unbind(0), values.unbind(0)
         self._turn.to(position)
         x = self._embedding(ids, position)
         state = self._state(**{name: start(ids, position) for name, start in self._starts})
@@ -140,6 +150,29 @@ class OneToken:
             q = heads[:queries].view(grouped)
             scores = torch.bmm(q if scale == 1 else q * scale, self._keys[slot])
             return out(torch.bmm(scores.softmax(-1), self._values[slot]).view(flat))
+
+        return oracle
+
+    def _state_of(self, module: MatrixAttention) -> Oracle:
+        norm, out = _pre_norm(module), product(module.out.weight, module.out.bias)
+        qkv = product(module.qkv.weight, module.qkv.bias)
+        turned, split = module.num_heads + module.num_kv_heads, (-1, 1, module.head_dim)
+        gain, rotary, turn = _head_gain(module), module.rope_theta is not None, self._turn
+
+        def oracle(x: Tensor) -> Tensor:
+            heads = qkv(norm(x)).view(split)
+            if gain is not None:
+                heads = torch.cat((gain(heads[:turned]), heads[turned:]))
+            if rotary:
+                heads = turn(heads)
+            slot = self._slot
+            self._slot += 1
+            state = self._states[slot]
+            if type(state) is not OneState:  # the first time
+                assert self._scratch is not None
+                state = OneState(module, state, self._shared, self._scratch)
+                self._states[slot] = state
+            return out(state(heads))
 
         return oracle
 

@@ -6,6 +6,7 @@ value and gradient.
 
 from __future__ import annotations
 
+from polyak.ops.attention.adaptation_loop import MOST as LARGEST_MU
 from polyak.ops.attention.adaptive import (
     adaptive_momentum_attention,
     adaptive_momentum_attention_recurrent,
@@ -59,6 +60,7 @@ from polyak.ops.rms_norm import momentum_rms_norm, rms_norm
 
 __all__ = [
     "FEATURE_MAPS",
+    "LARGEST_MU",
     "PAIRS",
     "AttentionOptions",
     "AttentionState",
