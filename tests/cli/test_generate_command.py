@@ -145,3 +145,27 @@ def test_wrong_options_are_one_line(words: list[str], says: str, run: Path, tmp_
     assert found.returncode in (1, 2)
     assert says in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens_take_the_memory_of_a_thousand(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = run_config(corpus, steps=4, attention="momentum", positions="rope")
+    train(config, tmp_path / "run")
+    code = (
+        "import resource, sys; from polyak.cli.main import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
+    )
+    memory = {}
+    for tokens in (1_000, 100_000):
+        words = ["generate", str(tmp_path / "run"), "--prompt", "the", "--ignore-end-of-text"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, "--max-new-tokens", str(tokens)],
+            env=environment(tmp_path / "cache"),
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        (said,) = done.stderr.decode().splitlines()  # no word of a context that is full
+        memory[tokens] = int(said) * 1024
+    assert memory[100_000] - memory[1_000] < 20 * 2**20

@@ -21,8 +21,8 @@ from polyak.statistics.intervals import spread
 
 PROMPT = 16
 """Tokens of the prompt."""
-EARLY, LATE = 100, 900
-"""Positions at which the time of one token is measured, where the context reaches so far."""
+POSITIONS = (100, 900, 2_000, 10_000)
+"""Where the time of one token is measured, as far as the context reaches, from the second on."""
 _STEPS = 20  # tokens around a position
 
 
@@ -33,7 +33,7 @@ def generation(
 
     Args:
         shape: size of the models.
-        names: rules.
+        names: rules, with what brackets set.
         rounds: timed rounds.
         new_tokens: tokens made after a prompt of `PROMPT` random ones.
         gpt2: also time transformers' `GPT2LMHeadModel.generate` with its cache, if it is
@@ -42,7 +42,8 @@ def generation(
     Returns:
         One row per model: new tokens a second, prompt included in the time (median, lowest,
         highest), the ratio to GPT-2's of the same round, and, for rules, the seconds of one
-        token at positions `EARLY` and `LATE` and the ratio of the two in the same round.
+        token at each of `POSITIONS` (`seconds_at`), with the ratio of the last to the first in the
+        same round, and of the first model's to this one's at each (`relative_speed_at`).
 
     Raises:
         ConfigError: the context does not hold prompt and new tokens.
@@ -63,12 +64,16 @@ def generation(
         steps[GPT2] = _theirs(other.eval(), prompt[:, :PROMPT], new_tokens)
     seconds = interleave(steps, rounds)
     base = seconds[GPT2 if GPT2 in seconds else names[0]]
-    positions = shape.context_length >= LATE + _STEPS
+    positions = [place for place in POSITIONS if shape.context_length >= place + _STEPS]
+    positions = positions if len(positions) > 1 else []
     tokens = prompt[0].tolist()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for _ in range(rounds if positions else 0):
-        for name, model in models.items():
-            times[name].append((_at(model, tokens, EARLY), _at(model, tokens, LATE)))
+    times: dict[str, dict[int, list[float]]] = {
+        name: {at: [] for at in positions} for name in names
+    }
+    for _ in range(rounds):
+        for at in positions:
+            for name, model in models.items():
+                times[name][at].append(_at(model, tokens, at))
     rows = []
     for name, found in seconds.items():
         row: Measurement = {
@@ -76,10 +81,15 @@ def generation(
             "tokens_per_second": spread([new_tokens / s for s in found]),
             "relative_speed": spread([b / s for b, s in zip(base, found, strict=True)]),
         }
-        if times.get(name):
-            row["seconds_early"] = spread([early for early, _ in times[name]])
-            row["seconds_late"] = spread([late for _, late in times[name]])
-            row["late_over_early"] = spread([late / early for early, late in times[name]])
+        if positions and name in times:
+            mine, first = times[name], times[names[0]]
+            row["seconds_at"] = {str(at): spread(mine[at]) for at in positions}
+            row["relative_speed_at"] = {
+                str(at): spread([f / m for f, m in zip(first[at], mine[at], strict=True)])
+                for at in positions
+            }
+            ends = zip(mine[positions[-1]], mine[positions[0]], strict=True)
+            row["late_over_early"] = spread([late / early for late, early in ends])
         rows.append(row)
     return rows
 

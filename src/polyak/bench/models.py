@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polyak import rules
 from polyak.bench.timing import Measurement, interleave, peak_bytes
+from polyak.compare.entries import parse_entry
 from polyak.nn.config import ModelConfig
 from polyak.nn.transformer import Transformer
 from polyak.statistics.intervals import spread
@@ -35,11 +36,11 @@ class Shape:
     batch_size: int
     vocab_size: int
 
-    def config(self, rule: str) -> ModelConfig:
-        """The model of this size with a rule."""
+    def config(self, entry: str) -> ModelConfig:
+        """The model of this size that an entry of a comparison describes: `RULE[KEY=VALUE]`."""
         fields = dataclasses.asdict(self)
         del fields["batch_size"]
-        return ModelConfig(rule=rule, **fields)
+        return parse_entry(entry, ModelConfig(**fields)).model
 
 
 def models(
@@ -49,7 +50,7 @@ def models(
 
     Args:
         shape: sizes of model and batch.
-        names: rules; the first is what ratios are relative to.
+        names: rules, with what brackets set; the first is what ratios are relative to.
         rounds: timed rounds.
         gpt2: also time transformers' `GPT2LMHeadModel` of that shape (dropout 0, SDPA), if it is
             installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ examples:
   polyak bench --what loss --vocab-size 50304
   polyak bench --what generate --num-layers 4 --num-heads 4 --d-model 128 \\
     --context-length 1024
+  polyak bench --what generate --no-gpt2 --num-layers 4 --num-heads 4 \\
+    --d-model 128 --context-length 10240 \\
+    --rules "gradient_descent,gradient_descent[attention=momentum]"
   polyak bench --what attention --num-heads 4 --d-model 128 \\
     --context-length 4096 --batch-size 4"""
 
@@ -41,7 +45,9 @@ class BenchConfig:
     """Models, ops (numerical kernels), the loss from features to gradients, or all of these; or
     generate: text, one row at a time; or attention: linear and momentum attention by chunks."""
     rules: str | None = None
-    """Rules separated by commas, the first is what others are relative to; default: all."""
+    """Rules separated by commas, with options in brackets as in `compare`
+    (`gradient_descent[attention=momentum]`); the first is what others are relative to. Default:
+    all."""
     rounds: int = 7
     """Timed rounds; every round times everything once."""
     num_layers: int = 6
@@ -104,7 +110,12 @@ def main(words: Sequence[str]) -> int:
         vocab_size=config.vocab_size,
     )
     keep_freed_memory()
-    names = tuple(config.rules.split(",")) if config.rules else default_rules()
+    # commas inside brackets separate options
+    names = (
+        tuple(name.strip() for name in re.split(r",(?![^\[]*\])", config.rules))
+        if config.rules
+        else default_rules()
+    )
     for name in names:
         shape.config(name)  # wrong sizes or names end here, before anything is timed
     results: dict[str, Any] = {
@@ -162,12 +173,14 @@ def main(words: Sequence[str]) -> int:
 
 
 def _model_table(rows: Sequence[dict[str, Any]], first: str) -> Table:
+    from rich.text import Text
+
     table = _table("", "tokens/s", "speed", "low–high", "peak MB", "peak")
     table.caption = f"speed and peak memory relative to {first}; low–high over rounds"
     for row in rows:
         ratio = row["relative_speed"]
         table.add_row(
-            row["name"],
+            Text(row["name"]),  # brackets are no markup
             f"{row['tokens_per_second']['median']:,.0f}",
             f"{ratio['median']:.3f}",
             f"{ratio['low']:.3f}–{ratio['high']:.3f}",
@@ -215,22 +228,27 @@ def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) ->
 
 
 def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
-    table = _table("", "tokens/s", "speed", "low–high", "ms at 100", "at 900", "ratio")
+    from rich.text import Text
+
+    places = list(rows[0].get("seconds_at", {}))
+    table = _table(
+        *("", "tokens/s", "speed", "low–high"), *(f"ms at {int(at):,}" for at in places), "ratio"
+    )
     last = rows[-1]["name"]
     table.caption = (
         f"greedy, one row, a short prompt and {new_tokens} new tokens; speed relative to "
-        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}; one token's time in "
-        "milliseconds at positions 100 and 900, and the ratio of the two"
+        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}"
     )
+    if places:
+        table.caption += "; one token's time at positions, and the ratio of the last to the first"
     for row in rows:
         ratio, late = row["relative_speed"], row.get("late_over_early")
         table.add_row(
-            row["name"],
+            Text(row["name"]),  # brackets are no markup
             f"{row['tokens_per_second']['median']:,.1f}",
             f"{ratio['median']:.2f}",
             f"{ratio['low']:.2f}–{ratio['high']:.2f}",
-            f"{1e3 * row['seconds_early']['median']:.2f}" if late else "–",
-            f"{1e3 * row['seconds_late']['median']:.2f}" if late else "–",
+            *(f"{1e3 * row['seconds_at'][at]['median']:.2f}" if late else "–" for at in places),
             f"{late['median']:.2f}" if late else "–",
         )
     return table
