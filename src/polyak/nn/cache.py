@@ -94,7 +94,7 @@ class KeyValueCache:
         Raises:
             ConfigError: gradients are wanted.
         """
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(state)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(state)):
             raise ConfigError("KeyValueCache keeps no gradients; decode under torch.no_grad()")
         self._states[layer_idx] = state
         self._seen[layer_idx] = self._seen.get(layer_idx, 0) + tokens
@@ -109,7 +109,7 @@ class KeyValueCache:
             slot: (k.index_select(0, rows), v.index_select(0, rows))
             for slot, (k, v) in self._slots.items()
         }
-        self._states = {slot: _selected(state, rows) for slot, state in self._states.items()}
+        self._states = {slot: with_rows(state, rows) for slot, state in self._states.items()}
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length`.
@@ -133,7 +133,7 @@ class KeyValueCache:
     def nbytes(self) -> int:
         """Bytes of memory taken."""
         kept = (*self._slots.values(), *self._states.values())
-        return sum(tensor.nbytes for slot in kept for tensor in _tensors(slot))
+        return sum(tensor.nbytes for slot in kept for tensor in tensors_of(slot))
 
     @property
     def states(self) -> list[Any]:
@@ -158,10 +158,12 @@ def check_rows(held: int, given: int) -> None:
         )
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """What a slot's state consists of."""
     return (tensor for tensor in state if tensor is not None)
 
 
-def _selected(state: Any, rows: Tensor) -> Any:
+def with_rows(state: Any, rows: Tensor) -> Any:
+    """A slot's state of these sequences of the batch, in this order."""
     chosen = (None if tensor is None else tensor.index_select(0, rows) for tensor in state)
     return type(state)(*chosen) if hasattr(state, "_fields") else tuple(chosen)

@@ -62,7 +62,8 @@ class Context:
         if not hasattr(self.cache, "recall"):
             raise ConfigError(
                 f"cache: a {type(self.cache).__name__} keeps keys and values, and this model's "
-                "attention remembers a state; use polyak.nn.cache.KeyValueCache"
+                "attention remembers a state; use polyak.nn.cache.KeyValueCache, or with "
+                "transformers leave past_key_values out"
             )
         cache: StateCache = self.cache  # type: ignore[assignment]  # it has the method
         state = cache.recall(self.slot)

@@ -103,6 +103,16 @@ class Transformer(nn.Module):
         return self._rule
 
     @property
+    def recurrent(self) -> bool:
+        """Whether attention remembers a state of constant size instead of keys and values."""
+        return self._recurrent
+
+    @property
+    def sees_length(self) -> bool:
+        """Whether logits depend on how many tokens follow, so that nothing can be cached."""
+        return any(block.attention.sees_length for block in self.blocks)  # type: ignore[union-attr]
+
+    @property
     def longest(self) -> int | None:
         """Most tokens of a sequence; None where neither positions nor memory set an end.
 

@@ -24,7 +24,8 @@ from polyak.interop.huggingface.configuration import PolyakConfig
 from polyak.interop.huggingface.modeling import PolyakForCausalLM, PolyakForMaskedLM
 from polyak.interop.huggingface.registration import register
 from polyak.interop.huggingface.sharing import push, share
+from polyak.interop.huggingface.states import StateCache
 
-__all__ = ["PolyakConfig", "PolyakForCausalLM", "PolyakForMaskedLM", "push", "share"]
+__all__ = ["PolyakConfig", "PolyakForCausalLM", "PolyakForMaskedLM", "StateCache", "push", "share"]
 
 register()

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from polyak.errors import ConfigError, PolyakError, RuleError, unknown
+from polyak.errors import AttentionError, ConfigError, PolyakError, RuleError, unknown
 from polyak.files import read_json, write_json
 from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import (
@@ -236,10 +236,11 @@ class PolyakConfig(PretrainedConfig):
             self._from_data = False
         try:
             return ModelConfig.from_dict(self.polyak)
-        except RuleError as error:
-            raise RuleError(
+        except (RuleError, AttentionError) as error:
+            axis = "rule" if isinstance(error, RuleError) else "attention"
+            raise type(error)(
                 f"{error}; if it lies elsewhere on this machine, pass "
-                "rule='path/to/file.py:ClassName' to from_pretrained"
+                f"{axis}='path/to/file.py:ClassName' to from_pretrained"
             ) from error
 
     def _code_folder(self) -> Path:

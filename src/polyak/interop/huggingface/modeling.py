@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from polyak.errors import ConfigError
 from polyak.interop.huggingface.base import PolyakPreTrainedModel
+from polyak.interop.huggingface.states import StateCache
 
 
 class _LanguageModel(PolyakPreTrainedModel):
@@ -43,7 +44,8 @@ class _LanguageModel(PolyakPreTrainedModel):
             attention_mask: (B, S), 1 for real tokens, 0 for padding on either side; S counts
                 cached tokens.
             position_ids: (B, T); default 0, 1, … from the first real token.
-            past_key_values: a cache of transformers; encoders have none.
+            past_key_values: a cache of transformers (where attention remembers a state: a
+                `StateCache`); encoders have none.
             inputs_embeds: refused; streams have tables of their own.
             labels: (B, T), not shifted; -100 is left out.
             use_cache: return a cache to go on with; by default a decoder does when not training.
@@ -62,9 +64,9 @@ class _LanguageModel(PolyakPreTrainedModel):
             raise ConfigError("logits_to_keep: labels need all logits; leave one of the two out")
         if use_cache is None:
             use_cache = self._causal and self.config.use_cache and not self.training
-            use_cache = use_cache and labels is None
+            use_cache = use_cache and labels is None and not self.transformer.sees_length
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = StateCache() if self.transformer.recurrent else DynamicCache()
         hidden, named = self._choices(output_hidden_states, return_dict)
         logits, states = self._logits(
             input_ids,
@@ -74,7 +76,9 @@ class _LanguageModel(PolyakPreTrainedModel):
             logits_to_keep,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=_told_where(past_key_values, input_ids),
+            cache=past_key_values
+            if self.transformer.recurrent
+            else _told_where(past_key_values, input_ids),
         )
         loss = None
         if labels is not None:
@@ -91,6 +95,10 @@ class PolyakForCausalLM(_LanguageModel, GenerationMixin):
 
     _causal = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_stateful = self.transformer.recurrent  # drafts cannot be taken back then
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -102,15 +110,18 @@ class PolyakForCausalLM(_LanguageModel, GenerationMixin):
     ) -> Any:
         """Generate as everywhere in transformers; where the context ends, it stops and warns.
 
+        Where attention remembers a state, and positions are no table, there is no such end.
+
         Raises:
             ConfigError: the prompt alone is longer than the context.
         """
-        end = _ContextEnd(self.config.max_position_embeddings)
+        longest = self.transformer.longest
+        ends = [] if longest is None else [_ContextEnd(longest)]
         return super().generate(
             inputs,
             generation_config,
             logits_processor,
-            StoppingCriteriaList([*(stopping_criteria or ()), end]),
+            StoppingCriteriaList([*(stopping_criteria or ()), *ends]),
             *args,
             **kwargs,
         )
@@ -122,10 +133,29 @@ class PolyakForCausalLM(_LanguageModel, GenerationMixin):
         found: Any = super()._prepare_generated_length(
             generation_config, *args, input_ids_length=input_ids_length, **kwargs
         )
-        context = self.config.max_position_embeddings
-        if input_ids_length <= context:  # a longer prompt is refused when it is read
-            found.max_length = min(found.max_length, context + 1)
+        longest = self.transformer.longest
+        # a longer prompt is refused when it is read
+        if longest is not None and input_ids_length <= longest:
+            found.max_length = min(found.max_length, longest + 1)
         return found
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """States instead of keys and values, where that is what attention remembers."""
+        given = model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False or not self.transformer.recurrent:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, *args, **kwargs
+            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):  # what has a constant size is both
+            raise ConfigError(
+                f"cache_implementation={kind!r} is for keys and values, and this model's attention "
+                "remembers a state of constant size; leave it out"
+            )
+        model_kwargs["past_key_values"] = StateCache()
+        return None
 
     def prepare_inputs_for_generation(
         self,
