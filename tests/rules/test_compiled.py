@@ -39,7 +39,7 @@ def check(rule: str, backend: str, tiny_model: Build) -> None:
     def run(call: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> list[Tensor]:
         y, after = call(x, state)
         total = sum(((out * out).sum() for out in after), (y**3).sum())
-        parameters = list(block.parameters())
+        parameters = [p for p in block.parameters() if p.requires_grad]
         grads = torch.autograd.grad(total, parameters, retain_graph=True)
         return [y.detach(), *(out.detach() for out in after), *grads]
 

@@ -53,6 +53,7 @@ REDUCTIONS = {
     "muon": Reduction("ortho", {"beta": ZERO}),
     "shampoo": Reduction("gradient_descent", {"betaR": ONE}, EXACT, WRAPPER, 1e-9),
     "soap": Reduction("shampoo", {"beta1": ZERO}),
+    "residual_momentum": Reduction("gradient_descent", {"mu": ZERO, "s": SOFTPLUS_ONE}),
 }
 
 

@@ -11,6 +11,7 @@ from polyak.cli._options import parse
 
 if TYPE_CHECKING:
     from polyak.nn.config import ModelConfig
+    from polyak.nn.placement import Placement
 
 DESCRIPTION = """Print the family of update rules: equation, learned scalars, streams, and
 parameters and training FLOPs relative to gradient_descent at the size given.
@@ -19,6 +20,7 @@ examples:
   polyak rules
   polyak rules --d-model 768 --num-layers 12 --num-heads 12 --vocab-size 50304
   polyak rules --rules triple_momentum,my_rule.py:MyRule
+  polyak rules --rules residual_momentum@attention+gradient_descent@mlp
   polyak rules --check my_rule.py:MyRule[beta=0.8]
   polyak rules --format json"""
 
@@ -68,7 +70,7 @@ def main(words: Sequence[str]) -> int:
     console.print(
         f"At {config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
         f"T={config.context_length}, vocabulary {config.vocab_size:,}. Parameters, training FLOPs "
-        "per token and state per token are relative to gradient_descent; g = O(x), γ and ν are "
+        "per token and state per token are relative to gradient_descent; g = O(x), γ, ν and s are "
         "above 0, other scalars in (0, 1), with their initial values."
     )
     for rule in found:
@@ -83,6 +85,7 @@ def main(words: Sequence[str]) -> int:
         scalars = ", ".join(
             f"{name} {value:.4g}"
             + (f" for each of {of}" if (of := rule["vectors"].get(name)) else "")
+            + (" (fixed)" if name in rule["fixed"] else "")
             for name, value in rule["scalars"].items()
         )
         streams = ", ".join(f"{name} from {start}" for name, start in rule["streams"].items())
@@ -138,7 +141,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             f"`{rule['name']}`",
             rule["architecture"],
             rule["equation"],
-            ", ".join(rule["scalars"]) or "–",
+            ", ".join(n for n in rule["scalars"] if n not in rule["fixed"]) or "–",
             streams or "–",
             f"×{rule['relative_parameters']:.3f}",
             f"×{rule['relative_flops']:.2f}",
@@ -153,39 +156,33 @@ def family(config: RulesConfig) -> list[dict[str, Any]]:
     A rule of an installed package that does not work has its reason under `broken` instead, unless
     it was asked for by name.
     """
-    import dataclasses
-
     from polyak import rules
+    from polyak.compare.entries import parse_entry
     from polyak.errors import PolyakError
     from polyak.nn.cost import cost
+    from polyak.nn.placement import placement_of
+    from polyak.nn.rule_text import split_entries
 
     base = _model(config)
     first = cost(base)
-    names = rules.names() if config.rules is None else config.rules.split(",")
+    names = rules.names() if config.rules is None else split_entries(config.rules)
     found: list[dict[str, Any]] = []
     for name in names:
         try:
-            rule = rules.get(name.strip())
-            price = cost(dataclasses.replace(base, rule=name.strip()))
+            model = parse_entry(name, base).model
+            placement, price = placement_of(model), cost(model)
         except PolyakError as error:
             if config.rules is not None:
                 raise
             found.append({"name": name, "broken": " ".join(str(error).split())})
             continue
-        options = rule.resolve({})
         found.append(
             {
-                "name": rule.name,
-                "architecture": rule.architecture,
-                "paper": rule.paper,
-                "equation": rule.title(),
-                "scalars": {scalar: options[scalar] for scalar in rule.present_scalars(options)},
-                "vectors": {
-                    name: scalar.shape
-                    for name, scalar in rule.present_scalars(options).items()
-                    if scalar.is_vector
-                },
-                "streams": {stream.name: stream.start for stream in rule.streams},
+                "name": placement.name,
+                **_papers(placement),
+                "equation": placement.title,
+                **_scalars(placement),
+                "streams": {stream.name: stream.start for stream in placement.streams},
                 "parameters": price.total_parameters,
                 "training_flops_per_token": price.training_flops_per_token,
                 "state_bytes_per_token": price.state_bytes_per_token,
@@ -195,3 +192,32 @@ def family(config: RulesConfig) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _papers(placement: Placement) -> dict[str, str]:
+    """Architecture and paper; of several rules, each that there is."""
+    every = [placed.rule for placed in placement.parts]
+    return {
+        "architecture": every[0].architecture if len(every) == 1 else "",
+        "paper": ", ".join(dict.fromkeys(rule.paper for rule in every if rule.paper)),
+    }
+
+
+def _scalars(placement: Placement) -> dict[str, Any]:
+    """Scalars by name with their initial values, vectors with their shape, and what is fixed.
+
+    Of several rules, a name has its place behind it: `mu@attention`.
+    """
+    scalars: dict[str, float] = {}
+    vectors: dict[str, Any] = {}
+    fixed: list[str] = []
+    for placed in placement.parts:
+        options = placed.rule.resolve(placed.options)
+        where = "" if len(placement.parts) == 1 else f"@{placed.part.place or 'else'}"
+        for name, scalar in placed.rule.present_scalars(options).items():
+            scalars[name + where] = options[name]
+            if scalar.is_vector:
+                vectors[name + where] = scalar.shape
+            if name in options["frozen"]:
+                fixed.append(name + where)
+    return {"scalars": scalars, "vectors": vectors, "fixed": fixed}

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -82,6 +83,8 @@ class UpdateRule(nn.Module):
         work: what a step costs; a rule that declares nothing is measured (`Work`). Not inherited.
         descent: the options at which a step is exactly x ← x + O(x), for a rule that has such a
             point; `polyak upgrade` starts there. Not inherited.
+        fixed: names of scalars that are not learned unless the option `frozen` says else.
+        gain: name of the scalar in which x moves linearly, which `polyak upgrade` can fit.
         muon_parameters: names of parameters or submodules of the rule's own whose matrices Muon
             may orthogonalise; AdamW updates everything else that a rule learns.
         scalars, norms, choices: collected from the class body, not set by hand.
@@ -93,9 +96,9 @@ class UpdateRule(nn.Module):
         bias: whether they have a bias; RMSNorms never do.
         norm_kind: the model's kind of norm, which theirs follow: `"layer"` or `"rms"`.
         options: the user's `rule_options`: initial values of scalars by name, `frozen` (names of
-            scalars that are not learned), `state_norm` or `update_norm`, `coefficients`
-            (`constrained`: each scalar is mapped onto its domain; `unconstrained`: none is), and
-            the rule's choices.
+            scalars that are not learned; `"none"`: all are), `state_norm` or `update_norm`,
+            `coefficients` (`constrained`: each scalar is mapped onto its domain; `unconstrained`:
+            none is), and the rule's choices.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -107,6 +110,8 @@ class UpdateRule(nn.Module):
     equation: ClassVar[str] = ""
     work: ClassVar[Work | None] = None
     descent: ClassVar[Mapping[str, Any] | None] = None
+    fixed: ClassVar[tuple[str, ...]] = ()
+    gain: ClassVar[str] = "gamma"
     muon_parameters: ClassVar[tuple[str, ...]] = ()
     streams: ClassVar[tuple[Stream, ...]] = ()
     scalars: ClassVar[dict[str, Scalar]] = {}
@@ -130,7 +135,7 @@ class UpdateRule(nn.Module):
             isinstance(stream, Stream) for stream in cls.streams
         ):
             raise RuleError(f"{cls.__name__}.streams must be a tuple of Stream(...)")
-        cls.State = _state_type(tuple(stream.name for stream in cls.streams))
+        cls.State = state_type(tuple(stream.name for stream in cls.streams))
 
     def __init__(
         self,
@@ -202,7 +207,8 @@ class UpdateRule(nn.Module):
         scalars = cls.present_scalars(resolved)
         for name, scalar in scalars.items():
             resolved[name] = scalar.starting_at(options.get(name, scalar.initial)).initial
-        frozen = options.get("frozen", ())
+        frozen = options.get("frozen", cls.fixed)
+        frozen = () if frozen in ("none", None) else frozen
         resolved["frozen"] = (frozen,) if isinstance(frozen, str) else tuple(frozen)
         for name in resolved["frozen"]:
             if name not in scalars:
@@ -231,11 +237,13 @@ class UpdateRule(nn.Module):
         return values
 
 
-def _state_type(stream_names: tuple[str, ...]) -> type[Any]:
+@cache
+def state_type(stream_names: tuple[str, ...]) -> type[Any]:
+    """A named tuple of these streams with a `replace` method; one type for equal names."""
     # a named tuple is what torch.func, torch.compile and checkpointing know how to take apart
     state = namedtuple("State", stream_names)  # type: ignore[misc]
     state.replace = state._replace  # type: ignore[attr-defined]
     return state
 
 
-UpdateRule.State = _state_type(())
+UpdateRule.State = state_type(())
