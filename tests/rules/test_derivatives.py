@@ -15,6 +15,7 @@ from torch.func import functional_call, jacfwd, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyak import ModelConfig, rules
+from polyak.nn import attention
 from polyak.nn.placement import placement_of
 from polyak.nn.transformer import Block
 
@@ -31,7 +32,7 @@ def _plain_attention() -> Iterator[None]:
 def block_function(rule: str) -> tuple[Function, tuple[Tensor, ...]]:
     """A block as (x, streams…, scalars…) → (x, streams…), and inputs for it."""
     config = ModelConfig(rule=rule, num_heads=2, d_model=6, num_layers=1)
-    block = Block(config, placement_of(config).layers[0]).double()
+    block = Block(config, placement_of(config).layers[0], attention.get(config.attention)).double()
     x = torch.randn(1, 3, 6, dtype=torch.float64)
     streams = block.rules["attention"].streams
     names = [name for name, _ in block.named_parameters() if name.endswith("_raw")]

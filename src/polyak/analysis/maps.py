@@ -24,6 +24,7 @@ from polyak.analysis.linear import Free, Linear
 from polyak.analysis.states import States
 from polyak.analysis.zeros import Moved, Zeros, constant_zeros, norm_zeros, streams_moved
 from polyak.errors import ConfigError, DataError
+from polyak.nn.placement import step
 from polyak.nn.splitting import oracle_of
 from polyak.nn.transformer import Transformer
 
@@ -184,33 +185,25 @@ def block_maps(
 def _blocks(model: Transformer, ids: Tensor) -> Iterator[BlockMaps]:
     x, state = model.start(ids)
     states = States(x, state)
-    entering: Entering = (_anything, _anything)
+    before: BlockMaps | None = None
     for index, block in enumerate(model.blocks):
         z = states.pack(x, state)
-        maps = _block(block, states, z, x, state, index, entering)
+        maps = _block(block, states, z, x, state, index, before)
         yield maps
-        entering = _leaving(maps.frozen), _leaving(maps.full)
+        before = maps
         x, state = block(x, state)
         for name, matrix in states.matrices.items():
             value = getattr(state, name)
             if matrix and not torch.allclose(value, value.transpose(-2, -1)):
                 raise ConfigError(
-                    f"stream {name!r} of rule {model.config.rule} does not stay symmetric, so "
+                    f"stream {name!r} of rule {model.placement.name} does not stay symmetric, so "
                     "its Jacobian has no meaning here"
                 )
 
 
-Entering = tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]
-"""Bases of what can go into a block's (a) and (b): what comes out of the block before."""
-
-
-def _anything() -> Tensor | None:
-    """The first block's x and streams start anywhere."""
-    return None
-
-
-def _leaving(before: Map) -> Callable[[], Tensor | None]:
-    return lambda: before.zeros.leave
+def _leaving(before: Map | None) -> Callable[[], Tensor | None]:
+    """A basis of what can go into a map: what comes out of the same of the block before."""
+    return lambda: None if before is None else before.zeros.leave  # the first starts anywhere
 
 
 def _block(
@@ -220,8 +213,10 @@ def _block(
     x: Tensor,
     state: Any,
     index: int,
-    entering: Entering,
+    before: BlockMaps | None,
 ) -> BlockMaps:
+    """`before` is the full map of the block before; the first block's streams start anywhere."""
+
     def frozen(own: Tensor) -> Tensor:
         moved: Tensor = block(own[None], state)[0][0]
         return moved
@@ -238,19 +233,26 @@ def _block(
 
     name, post = f"block {index}", block.post_norm
     moved, after = block(x, state)
-    rule = list(block.rules.values())[-1]
+    # which rule moved a stream last; none, where it passes through unchanged
+    movers = {s.name: rule for rule in block.rules.values() for s in rule.streams}
     point = _lookahead(block, x, state)
     passed = [Moved("x", slice(0, states.d), moved[0], (block.mlp.norm,))] if post else []
-    parts = [*passed, *streams_moved(states, after, rule)]
+    parts = [*passed, *streams_moved(states, after, movers)]
     return BlockMaps(
         index,
-        Map(f"{name} (a)", frozen, x[0], entering[0], lambda linear: norm_zeros(linear, passed)),
+        Map(
+            f"{name} (a)",
+            frozen,
+            x[0],
+            _leaving(None if before is None else before.frozen),
+            lambda linear: norm_zeros(linear, passed),
+        ),
         Map(
             f"{name} (b)",
             full,
             z,
-            entering[1],
-            lambda linear: norm_zeros(linear, parts),
+            _leaving(None if before is None else before.full),
+            lambda linear: norm_zeros(linear, parts, None if before is None else before.full.zeros),
             d=states.d,
         ),
         Map(f"{name} (c)", oracle, point, find_zeros=constant_zeros),
@@ -268,9 +270,9 @@ def _lookahead(block: Any, x: Tensor, state: Any) -> Tensor:
     def ask(point: Tensor) -> Tensor:
         raise _Found(point)
 
-    step = next(iter(block.rules.values())).step
+    first = next(iter(block.rules.values()))
     try:
-        step(x, state, oracle_of("attention", ask, ask))  # type: ignore[arg-type]
+        step(first, x, state, oracle_of("attention", ask, ask))  # type: ignore[arg-type]
     except _Found as found:
         point: Tensor = found.args[0][0]
         return point

@@ -13,7 +13,8 @@ no mean off: it nearly loses n/w alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Zeros:
         left: the left null vectors themselves, (T, c', k): exact ones, then near ones.
         right: the right null vectors, (T, c, k).
         streams: names of the streams that pass a norm; `x` in a post-norm model.
+        kept: by name of such a part, the left null vectors of its place, (T, c').
     """
 
     enter: Tensor | None = None
@@ -57,6 +59,7 @@ class Zeros:
     left: Tensor | None = None
     right: Tensor | None = None
     streams: tuple[str, ...] = ()
+    kept: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,37 +70,55 @@ class Moved:
         name: `x`, or a stream's.
         place: where it is among the output's numbers.
         value: what it is after the block, (T, d).
-        norms: the norms that are tried.
+        norms: the norms that are tried; None for a stream that no rule of the block moves.
     """
 
     name: str
     place: slice
     value: Tensor
-    norms: tuple[LayerNorm | RMSNorm, ...]
+    norms: tuple[LayerNorm | RMSNorm, ...] | None
 
 
-def streams_moved(states: States, after: Any, rule: UpdateRule) -> list[Moved]:
-    """The vector streams of a state map: each may have passed any norm of the last rule."""
-    every = [getattr(rule, name) for name in rule.norms]
-    norms = tuple(norm for norm in every if isinstance(norm, LayerNorm | RMSNorm))
-    return [Moved(name, place, getattr(after, name)[0], norms) for name, place in states.places()]
+def streams_moved(states: States, after: Any, movers: Mapping[str, UpdateRule]) -> list[Moved]:
+    """The vector streams of a state map: each may have passed any norm of the rule moving it last.
+
+    Args:
+        states: how streams are laid out.
+        after: the state behind the block.
+        movers: by name of a stream, the rule that moves it last.
+    """
+
+    def norms(name: str) -> tuple[LayerNorm | RMSNorm, ...] | None:
+        if name not in movers:
+            return None
+        every = [getattr(movers[name], norm) for norm in movers[name].norms]
+        return tuple(norm for norm in every if isinstance(norm, LayerNorm | RMSNorm))
+
+    return [
+        Moved(name, place, getattr(after, name)[0], norms(name)) for name, place in states.places()
+    ]
 
 
-def norm_zeros(map_: Linear, parts: list[Moved]) -> Zeros:
+def norm_zeros(map_: Linear, parts: list[Moved], before: Zeros | None = None) -> Zeros:
     """Of a map's output: two directions a token of every part that has passed an LN.
 
     Which norm a part has passed is found by trying: 1/w must be a left null vector of the Jacobian,
-    to rounding; of an RMSNorm, n must have mean square 1, and n/w nearly be lost.
+    to rounding; of an RMSNorm, n must have mean square 1, and n/w nearly be lost. A stream that is
+    not moved leaves where it could enter: nothing of it is lost here, and what the map before it
+    lost (`before`) stays lost.
 
     Raises:
         ConfigError: a gain is 0, so that 1/w does not exist.
     """
     exact: list[tuple[Tensor, float]] = []
     near: list[tuple[Tensor, float]] = []
-    streams = []
+    streams: list[str] = []
+    kept: dict[str, tuple[Tensor, ...]] = {}
     for part in parts:
         value = part.value
-        for norm in part.norms:
+        if part.norms is None and before is not None and part.name in before.kept:
+            kept[part.name] = before.kept[part.name]
+        for norm in part.norms or ():
             if bool((norm.weight == 0).any()):
                 raise ConfigError(
                     f"a gain of the norm of {part.name!r} is exactly 0, and its range has no "
@@ -114,20 +135,24 @@ def norm_zeros(map_: Linear, parts: list[Moved]) -> Zeros:
             if passed:
                 streams.append(part.name)
                 near.append((vectors[1], gains[1]))
+                kept[part.name] = (vectors[1],)
                 if isinstance(norm, LayerNorm):
                     exact.append((vectors[0], gains[0]))
+                    kept[part.name] = tuple(vectors)
                 break
-    if not streams:
+    passing = [vector for name in kept if name not in streams for vector in kept[name]]
+    if not kept:
         return Zeros()
-    left = torch.stack([vector for vector, _ in (*exact, *near)], dim=-1)
+    left = torch.stack([*(vector for vector, _ in (*exact, *near)), *passing], dim=-1)
     return Zeros(
         leave=complement(left),
         exact=map_.tokens * len(exact),
         near=map_.tokens * len(near),
         exact_gain=max((gain for _, gain in exact), default=0.0),
-        near_gain=max(gain for _, gain in near),
+        near_gain=max((gain for _, gain in near), default=0.0),
         left=left,
         streams=tuple(streams),
+        kept=kept,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +92,7 @@ def main(words: Sequence[str]) -> int:
     from polyak.bench.timing import load, threads
     from polyak.cli._console import Console
     from polyak.files import make_folder, write_json
+    from polyak.nn.rule_text import split_entries
     from polyak.report.pages import check_out
     from polyak.training.machine import environment
     from polyak.training.processes.allocator import keep_freed_memory
@@ -110,12 +110,7 @@ def main(words: Sequence[str]) -> int:
         vocab_size=config.vocab_size,
     )
     keep_freed_memory()
-    # commas inside brackets separate options
-    names = (
-        tuple(name.strip() for name in re.split(r",(?![^\[]*\])", config.rules))
-        if config.rules
-        else default_rules()
-    )
+    names = tuple(split_entries(config.rules)) if config.rules else default_rules()
     for name in names:
         shape.config(name)  # wrong sizes or names end here, before anything is timed
     results: dict[str, Any] = {

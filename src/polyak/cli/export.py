@@ -51,5 +51,5 @@ def main(words: Sequence[str]) -> int:
         val_loss=result.get("loss"),
         overwrite=config.overwrite,
     )
-    print(f"{config.file}: {model.rule.name}, {config.format} format")
+    print(f"{config.file}: {model.placement.name}, {config.format} format")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
-from polyak.nn.rule_text import parse_rule
+from polyak.nn.rule_text import parse_rule, split_entries
 from polyak.settings import replace_all
 
 
@@ -53,7 +53,7 @@ def parse_entries(text: str, base: ModelConfig, kept: Path | None = None) -> tup
         ConfigError: nothing to compare, a bracket is not closed, or an entry is named twice.
         UnknownNameError: an unknown rule, field or option; the nearest is offered.
     """
-    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    parts = split_entries(text)
     if not parts:
         raise ConfigError("rules: nothing to compare; name at least one rule")
     entries = tuple(parse_entry(part, base, kept) for part in parts)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyak import rules
 from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan, corpus_summary
 from polyak.compare.pool import Job
 from polyak.nn.cost import cost
 from polyak.nn.pieces import other_sources, portable_values, source_hash
+from polyak.nn.placement import placement_of
 from polyak.statistics.verdict import complete
 from polyak.training.machine import heading, now
 from polyak.training.runs.folder import RunFolder
@@ -92,14 +92,14 @@ def _entry(
     speed: dict[str, float] | None,
     sweep: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    price = cost(entry.model)
+    price, placement = cost(entry.model), placement_of(entry.model)
     folders = [RunFolder(job.folder) for job in jobs if job.entry == entry.name]
     finished = [result for folder in folders if (result := folder.result())]
     peaks = [result["peak_memory_bytes"] for result in finished if result["peak_memory_bytes"]]
     return {
         "name": entry.name,
-        "rule": rules.get(entry.model.rule).name,
-        "equation": rules.get(entry.model.rule).title(),
+        "rule": placement.name,
+        "equation": placement.title,
         "model": portable_values(entry.model),
         "rule_source": source_hash(entry.model.rule),
         **other_sources(entry.model),
@@ -122,15 +122,15 @@ def _entry(
 
 
 def mean_scalars(
-    last: Sequence[Mapping[str, Mapping[str, Sequence[float]]]],
-) -> dict[str, dict[str, list[float]]] | None:
+    last: Sequence[Mapping[str, Mapping[str, Sequence[float | None]]]],
+) -> dict[str, dict[str, list[float | None]]] | None:
     """Mean over runs of the learned scalars by name, substep and depth; None for none."""
     if not last or not last[0]:
         return None
     return {
         name: {
             substep: [
-                statistics.fmean(values)
+                None if None in values else statistics.fmean(values)
                 for values in zip(*(s[name][substep] for s in last), strict=True)
             ]
             for substep in last[0][name]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from polyak import rules
 from polyak.errors import RunError
 from polyak.nn.config import ModelConfig
 from polyak.nn.cost import cost
 from polyak.nn.pieces import AXES, opened
+from polyak.nn.placement import placement_of
+from polyak.nn.rule_places import renamed
 from polyak.training.runs.folder import RunFolder, unfinished
 
 PAPERS = {
@@ -75,7 +76,14 @@ def card(
         training: what its training measured, by name; None if that is not known.
         place: see `model_card`.
     """
-    rule = rules.get(config.rule)
+    placement = placement_of(config)
+    several = len(placement.parts) > 1
+    title = "" if several else placement.only.architecture
+    equations = [
+        (f"    {placed.part.place or 'else'}: " if several else "    ") + placed.rule.equation
+        for placed in placement.parts
+        if placed.rule.equation
+    ]
     use = _USE.format(place=place)
     if not config.causal:
         use = (
@@ -85,11 +93,11 @@ def card(
         )
     parts = [
         _front_matter(config),
-        f"# {rule.architecture or rule.name}, {_count(cost(config).total_parameters)} parameters",
+        f"# {title or placement.name}, {_count(cost(config).total_parameters)} parameters",
         f"A {'language model' if config.causal else 'masked-language model (encoder)'} whose "
-        f"layers are steps of the optimizer `{rule.name}`: attention and MLP say where to go, "
+        f"layers are steps of the optimizer `{placement.name}`: attention and MLP say where to go, "
         "the update rule says how.",
-        f"    {rule.equation}" if rule.equation else "",
+        "\n".join(equations),
         "## Use",
         use,
         "## Model",
@@ -99,25 +107,28 @@ def card(
         if training
         else "Not recorded with these weights: they were not shared from a run's folder.",
         "## Citation",
-        _citation(rule.paper),
+        _citation(dict.fromkeys(placed.rule.paper for placed in placement.parts)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(config: ModelConfig) -> str:
     task = "text-generation" if config.causal else "fill-mask"
-    tags = "".join(f"\n- {tag}" for tag in ("polyak", rules.get(config.rule).name))
+    names = dict.fromkeys(placed.rule.name for placed in placement_of(config).parts)
+    tags = "".join(f"\n- {tag}" for tag in ("polyak", *names))
     return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:{tags}\n---"
+
+
+def _shareable(name: str) -> str:
+    file, colon, of = name.rpartition(":")
+    return f"{Path(file).name}:{of} (not included)" if colon else name
 
 
 def _architecture(config: ModelConfig) -> dict[str, str]:
     costs = cost(config)
     fields = {k: v for k, v in config.to_dict().items() if v not in (None, {}, "", ())}
-    for axis in AXES:
-        name = fields[axis]
-        if ":" in name:  # a user's file: where it lies on one machine is nobody's concern
-            file, _, of = name.rpartition(":")
-            fields[axis] = f"{Path(file).name}:{of} (not included)"
+    for axis in AXES:  # of a user's file: where it lies on one machine is nobody's concern
+        fields[axis] = renamed(fields[axis], _shareable)
     rule = fields.pop("rule")
     groups = {name: count for name, count in costs.parameters.items() if count}
     return {
@@ -187,7 +198,7 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _citation(paper: str) -> str:
+def _citation(papers: Iterable[str]) -> str:
     from polyak.version import __version__
 
     entries = [
@@ -196,15 +207,16 @@ def _citation(paper: str) -> str:
         "  author = {{The polyak authors}},\n"
         f"  version = {{{__version__}}}\n}}"
     ]
-    if paper in PAPERS:
-        number = paper.removeprefix("arXiv:")
-        entries.append(
-            f"@misc{{arxiv{number.replace('.', '_')},\n  title = {{{PAPERS[paper]}}},\n"
-            f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n"
-            f"  url = {{https://arxiv.org/abs/{number}}}\n}}"
-        )
-    elif paper:
-        entries.append(f"% the rule: {paper}")
+    for paper in papers:
+        if paper in PAPERS:
+            number = paper.removeprefix("arXiv:")
+            entries.append(
+                f"@misc{{arxiv{number.replace('.', '_')},\n  title = {{{PAPERS[paper]}}},\n"
+                f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n"
+                f"  url = {{https://arxiv.org/abs/{number}}}\n}}"
+            )
+        elif paper:
+            entries.append(f"% the rule: {paper}")
     return "```bibtex\n" + "\n".join(entries) + "\n```"
 
 

@@ -21,6 +21,7 @@ from polyak import rules
 from polyak.errors import ConfigError, RunError
 from polyak.interop.release import TIED_OUTPUT, released_names
 from polyak.nn.config import ModelConfig
+from polyak.nn.rule_places import is_composite
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
 
@@ -146,6 +147,8 @@ def _difference(candidates: list[Candidate], found: set[str]) -> str:
 
 def _variants(name: str, wanted: RuleText | None = None) -> Iterator[Candidate]:
     """A rule in every form that shows in the weights; what the user's brackets set stays."""
+    if is_composite(name):
+        raise ConfigError(f"--rule {name}: released checkpoints have one rule everywhere")
     rule = rules.get(name)
     fields = {} if wanted is None else dict(wanted.fields)
     given = {} if wanted is None else wanted.options

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polyak.errors import ConfigError
 from polyak.nn.presets import PAPER
+from polyak.nn.rule_places import is_composite
 from polyak.nn.transformer import Transformer
 
 TIED_OUTPUT = "lm_head.weight"
@@ -43,6 +44,11 @@ def released_names(model: Transformer) -> dict[str, str]:
             splitting).
     """
     config = model.config
+    if is_composite(config.rule):
+        raise ConfigError(
+            f"the released checkpoints have one rule everywhere; this model has "
+            f"{model.placement.name}"
+        )
     own = {"norm_eps": config.norm_eps, "splitting": "lie_trotter"}
     released = {**PAPER, **own}
     if config.kv_heads == config.num_heads:
@@ -84,7 +90,7 @@ def _released_name(ours: str, model: Transformer) -> str:
             scalar = name.removesuffix("_raw").rstrip("_")
             return f"layers.{layer}.{scalar}_{_SUBSTEPS[substep]}_raw"
         case ["blocks", layer, "rules", substep, norm, "weight"]:
-            kind = _NORMS[model.rule.norms[norm].option]
+            kind = _NORMS[model.placement.only.norms[norm].option]
             return f"layers.{layer}.{kind}_{_SUBSTEPS[substep]}.weight"
         case ["blocks", layer, oracle, part, "weight"]:
             return f"layers.{layer}.{_ORACLES[f'{oracle}.{part}']}.weight"
@@ -103,7 +109,7 @@ def load_state_dict(model: Transformer, state: Mapping[str, Tensor]) -> None:
     extra = sorted(set(state) - set(names.values()) - {TIED_OUTPUT})
     if missing or extra:
         raise ConfigError(
-            f"not a checkpoint of rule {model.rule.name}: "
+            f"not a checkpoint of rule {model.placement.name}: "
             + "; ".join(
                 f"{what} {', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
                 for what, found in (("missing", missing), ("unexpected", extra))

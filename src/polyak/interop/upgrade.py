@@ -18,7 +18,7 @@ x* instead of at the update corrects what earlier substeps missed. Without a nor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 from polyak import rules
 from polyak.errors import ConfigError, RuleError
 from polyak.nn.config import ModelConfig
+from polyak.nn.rule_places import Part, brackets_of, is_composite, parts_of, text_of
 from polyak.nn.rule_text import RuleText
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
@@ -73,28 +74,43 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
             f"--rule: {other[0]} belongs to the model, whose weights stay; only stream_start and "
             f"the options of {wanted.rule} can be set"
         )
-    rule = rules.get(wanted.rule)
-    options = dict(wanted.options)
-    if rule.descent is not None:
-        options.setdefault("coefficients", "unconstrained")
-        free = options["coefficients"] == "unconstrained"
-        for name, value in rule.descent.items():
-            reachable = free or name not in rule.scalars or rule.scalars[name].raw_of(value)
-            if name not in options and reachable is not None:
-                options[name] = value
+    text, options, exact = wanted.rule, dict(wanted.options), True
+    if is_composite(text):
+        written = []
+        for part in parts_of(text):
+            own, one = _descending(part.rule, part.options)
+            written.append(Part(part.rule, brackets_of(own), part.place))
+            exact = exact and one
+        text = text_of(written)
+    else:
+        options, exact = _descending(text, options)
     start = wanted.fields.get("stream_start", "none")
     zeros: Any = None if start.lower() in ("none", "null") else start
     made = dataclasses.replace(
         config,
-        rule=wanted.rule,
+        rule=text,
         rule_options=options,
         stream_start=zeros,
     )
+    return made, exact
+
+
+def _descending(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A rule's options with its point of descent where the user's leave room; is it reached?"""
+    rule, options = rules.get(name), dict(given)
+    if rule.descent is not None:
+        options.setdefault("coefficients", "unconstrained")
+        free = options["coefficients"] == "unconstrained"
+        for option, value in rule.descent.items():
+            reachable = free or option not in rule.scalars or rule.scalars[option].raw_of(value)
+            if option not in options and reachable is not None:
+                options[option] = value
     resolved = rule.resolve(options)
-    exact = rule.descent is not None and all(
-        resolved.get(name) == value for name, value in rule.descent.items()
-    )
-    return made, exact and resolved["coefficients"] == "unconstrained"
+    if rule.descent is None:  # nothing but gradient descent itself is
+        return options, rule.name == "gradient_descent" and resolved["update_norm"] == "none"
+    there = rule.resolve({**options, **rule.descent})
+    exact = all(resolved[name] == there[name] for name in rule.descent if name != "frozen")
+    return options, exact and resolved["coefficients"] == "unconstrained"
 
 
 def upgrade(
@@ -182,6 +198,8 @@ def _seeing(block: Any, see: Callable[[UpdateRule, Step, Tensor], None]) -> Iter
 
 def _fit_gain(rule: UpdateRule, moved: Callable[[], Tensor], aim: Tensor) -> None:
     """Set the gain (and bias) of the rule's norm, or its γ, so that moved() is nearest to `aim`."""
+    if rule.name == "gradient_descent" and rule.options["update_norm"] == "none":
+        return  # beside other rules: it has nothing to fit
     norms = [getattr(rule, name) for name in rule.norms]
     norms = [norm for norm in norms if hasattr(norm, "weight")]
     if norms:
@@ -204,10 +222,10 @@ def _fit_gain(rule: UpdateRule, moved: Callable[[], Tensor], aim: Tensor) -> Non
         norm.weight.copy_((rest * centred).sum(0) / _positive((centred * centred).sum(0)))
         bias.copy_((rest_mean - norm.weight * u_mean) / unit)
         return
-    scalar = rule.present_scalars(rule.options).get("gamma")
+    scalar = rule.present_scalars(rule.options).get(rule.gain)
     if scalar is None:
-        raise RuleError(f"rule {rule.name} has neither a norm nor a gamma that could be fitted")
-    raw: Any = rule.gamma_raw
+        raise RuleError(f"rule {rule.name} has neither a norm nor a {rule.gain} to be fitted")
+    raw: Any = getattr(rule, f"{rule.gain}_raw")
     ends = []
     for value in (1.0, 2.0):
         raw.fill_(scalar.raw_of(value))
@@ -217,8 +235,8 @@ def _fit_gain(rule: UpdateRule, moved: Callable[[], Tensor], aim: Tensor) -> Non
     fitted = scalar.raw_of(gamma)
     if fitted is None:
         raise RuleError(
-            f"rule {rule.name}: the fitted gamma is {gamma:.4g}, outside {scalar.domain}; add "
-            "coefficients=unconstrained to --rule"
+            f"rule {rule.name}: the fitted {rule.gain} is {gamma:.4g}, outside {scalar.domain}; "
+            "add coefficients=unconstrained to --rule"
         )
     raw.fill_(fitted)
 

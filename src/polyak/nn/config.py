@@ -41,7 +41,9 @@ class ModelConfig:
     """
 
     rule: str = "gradient_descent"
-    """Update rule: a registered name, or `path/to/file.py:Class`."""
+    """Update rule: a registered name, or `path/to/file.py:Class`. Several, joined by `+`, each with
+    its place: `residual_momentum@attention+gradient_descent@mlp`, `triple_momentum@1-6+nesterov`;
+    options then stand in brackets behind a name, `heavy_ball[beta=0.9]@1-6.attention+…`."""
     num_layers: int = 4
     """Number of layers; each calls attention once and the MLP once."""
     num_heads: int = 4
@@ -157,14 +159,13 @@ class ModelConfig:
             kind.resolve(self.attention_options, causal=self.causal)
 
     def _check_rule(self) -> None:
-        from polyak import rules
+        from polyak.nn.placement import placement_of
 
-        rule = rules.get(self.rule)
-        rule.resolve(self.rule_options)
-        starts = [stream.name for stream in rule.streams if stream.start == "embedding"]
+        placed = placement_of(self)
+        starts = [stream.name for stream in placed.streams if stream.start == "embedding"]
         if self.stream_start is not None and not starts:
             raise ConfigError(
-                f"stream_start={self.stream_start!r}: rule {rule.name} has no stream that starts "
+                f"stream_start={self.stream_start!r}: rule {placed.name} has no stream that starts "
                 "from an embedding; leave stream_start out"
             )
 

@@ -17,10 +17,14 @@ except for the rule's own products, which recompute some.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
+
+if TYPE_CHECKING:
+    from polyak.nn.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,51 +81,46 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         ConfigError: `position` is outside the context, or `bytes_per_number` below 1.
         RuleError: the rule declares no cost and its step fails when run to measure it.
     """
-    from polyak import rules
-    from polyak.nn.splitting import SUBSTEPS
-    from polyak.rules._cost import norm_elements, step_cost
+    from polyak.nn.placement import placement_of
+    from polyak.rules._cost import norm_elements
 
     last = config.context_length - 1
     position = last if position is None else position
     if not 0 <= position <= last:
         raise ConfigError(f"position={position} must be from 0 to {last}, the end of the context")
     check_whole("bytes_per_number", bytes_per_number)
-    rule = rules.get(config.rule)
-    step = step_cost(
-        rule,
-        config.d_model,
-        config.num_heads,
-        norm_eps=config.norm_eps,
-        bias=config.bias,
-        norm_kind=config.norm,
-        options=config.rule_options,
-    )
-    d, layers = config.d_model, config.num_layers
-    substeps = layers * len(SUBSTEPS[config.splitting])
-    # under either splitting, every call of the rule's oracle calls attention and MLP once a layer
-    calls = layers * step.oracle_calls
-    tables = sum(s.start == "embedding" and config.stream_start is None for s in rule.streams)
+    placement, d = placement_of(config), config.d_model
+    costs = {id(placed): placed.step_cost(config) for placed in placement.parts}
+    steps = [(substep, costs[id(placed)]) for substep, placed in placement.steps()]
+    # a step on both oracles is one of a "layer"
+    to_attention = sum(cost.oracle_calls for substep, cost in steps if substep != "mlp")
+    to_mlp = sum(cost.oracle_calls for substep, cost in steps if substep != "attention")
+    to_both = sum(cost.oracle_calls for substep, cost in steps if substep == "layer")
+    tables = sum(s.start == "embedding" and config.stream_start is None for s in placement.streams)
+    rule_forward = sum(cost.forward_flops for _, cost in steps)
 
     def forward(keys: int) -> int:
-        oracles = 2 * _matrices(config) + 4 * keys * config.heads_width
-        return calls * oracles + substeps * step.forward_flops + 2 * d * config.vocab_size
+        attention = 2 * _attention_matrices(config) + 4 * keys * config.heads_width
+        oracles = to_attention * attention + to_mlp * 2 * _mlp_matrices(config)
+        return oracles + rule_forward + 2 * d * config.vocab_size
 
-    rule_forward, total_forward = substeps * step.forward_flops, forward(config.context_length)
+    total_forward = forward(config.context_length)
     norm = norm_elements(config.norm, d, config.bias)
-    both = d if config.splitting == "simultaneous" else 0  # attention + MLP
     decoding = forward(position + 1) * (1 if config.causal else position + 1)
-    state = d + sum(_numbers(s.shape(d, config.num_heads)) for s in rule.streams)
+    state = d + sum(_numbers(s.shape(d, config.num_heads)) for s in placement.streams)
     return Cost(
-        parameters=_parameters(config, tables),
+        parameters=_parameters(config, placement, tables),
         forward_flops_per_token=total_forward,
         backward_flops_per_token=2 * (total_forward - rule_forward)
-        + substeps * step.backward_flops,
+        + sum(cost.backward_flops for _, cost in steps),
         decoding_flops_per_token=decoding,
         elementwise_per_token=_starts(config, tables)
         # a pre-norm is taken whenever an oracle is called, a post-norm once a step
-        + (calls if config.norm_position == "pre" else layers) * 2 * norm
-        + calls * (_inside_oracles(config) + both)
-        + substeps * step.elements
+        + norm * (to_attention + to_mlp if config.norm_position == "pre" else 2 * config.num_layers)
+        + to_attention * _inside_attention(config)
+        + to_mlp * _inside_mlp(config)
+        + to_both * d  # attention + MLP
+        + sum(cost.elements for _, cost in steps)
         + norm,
         state_bytes_per_token=state * bytes_per_number,
         bytes_per_number=bytes_per_number,
@@ -135,19 +134,27 @@ def _starts(config: ModelConfig, tables: int) -> int:
     return (1 + tables) * config.d_model * (config.positions == "learned")
 
 
-def _matrices(config: ModelConfig) -> int:
-    """Entries of a layer's matrices, each met once by a token."""
-    d = config.d_model
-    mlp = 3 if config.mlp == "gated" else 2
-    return (config.qkv_width + config.heads_width) * d + mlp * d * config.hidden_width
+def _attention_matrices(config: ModelConfig) -> int:
+    """Entries of attention's matrices, each met once by a token."""
+    return (config.qkv_width + config.heads_width) * config.d_model
 
 
-def _inside_oracles(config: ModelConfig) -> int:
-    """Elements that attention and MLP write behind their pre-norms."""
+def _mlp_matrices(config: ModelConfig) -> int:
+    """Entries of the MLP's matrices, each met once by a token."""
+    return (3 if config.mlp == "gated" else 2) * config.d_model * config.hidden_width
+
+
+def _inside_mlp(config: ModelConfig) -> int:
+    """Elements that the MLP writes behind its pre-norm: activation, product."""
+    return config.hidden_width * (2 if config.mlp == "gated" else 1)
+
+
+def _inside_attention(config: ModelConfig) -> int:
+    """Elements that attention writes behind its pre-norm."""
     from polyak.rules._cost import norm_elements
 
     heads, head_dim = config.num_heads + config.kv_heads, config.head_width
-    inside = config.hidden_width * (2 if config.mlp == "gated" else 1)  # activation, product
+    inside = 0
     if config.positions == "rope":
         inside += 3 * heads * head_dim  # four half products, two half sums
     if config.qk_norm:
@@ -155,25 +162,16 @@ def _inside_oracles(config: ModelConfig) -> int:
     return inside
 
 
-def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
+def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[str, int]:
     import torch
 
-    from polyak import rules
-    from polyak.nn.splitting import SUBSTEPS
-
     with torch.device("meta"):  # a user's rule may hold any parameters
-        rule = rules.get(config.rule)(
-            config.d_model,
-            config.num_heads,
-            bias=config.bias,
-            norm_kind=config.norm,
-            options=config.rule_options,
-        )
+        made = {id(placed): placed.make(config) for placed in placement.parts}
+    own = {key: sum(p.numel() for p in rule.parameters()) for key, rule in made.items()}
     d, layers, bias, width = config.d_model, config.num_layers, config.bias, config.hidden_width
     qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
     affine = 1 + (bias and config.norm == "layer")
     positions = config.context_length * (config.positions == "learned")
-    substeps = layers * len(SUBSTEPS[config.splitting])
     up = 2 if config.mlp == "gated" else 1
     return {
         "tokens": config.vocab_size * config.token_width,
@@ -183,7 +181,7 @@ def _parameters(config: ModelConfig, tables: int) -> dict[str, int]:
         * ((config.qkv_width + config.heads_width) * d + qkv_bias * config.qkv_width + bias * d),
         "mlp": layers * ((up + 1) * d * width + bias * (up * width + d)),
         "norms": (2 * layers + 1) * d * affine + config.qk_norm * 2 * layers * config.head_width,
-        "rule": substeps * sum(parameter.numel() for parameter in rule.parameters()),
+        "rule": sum(own[id(placed)] for _, placed in placement.steps()),
         "output": 0 if config.tie_embeddings else config.vocab_size * d,
     }
 

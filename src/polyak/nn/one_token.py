@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from polyak.nn.mlp import MLP
 from polyak.nn.one_position import Sinusoids, Turn
 from polyak.nn.one_state import KINDS, OneState, Scratch
 from polyak.nn.one_vector import is_large, product
-from polyak.nn.splitting import SUBSTEPS, norm_after
+from polyak.nn.placement import step as any_step
+from polyak.nn.splitting import norm_after
 from polyak.nn.transformer import Transformer
 from polyak.rules import Oracle, State, UpdateRule
 from polyak.rules._norms import LayerNorm, RMSNorm
@@ -45,7 +47,7 @@ class OneToken:
     """
 
     def __init__(self, model: Transformer, cache: KeyValueCache) -> None:
-        config, rule = model.config, model.rule
+        config, placement = model.config, model.placement
         self._position = cache.get_seq_length()
         self._store = _copied(cache, self._position) if cache.slots else None
         self._states: dict[int, Any] = dict(enumerate(cache.states))
@@ -65,18 +67,19 @@ class OneToken:
             attention = self._attention(kind) if self._store is not None else self._state_of(kind)
             mlp = _mlp(block.mlp)  # type: ignore[arg-type]
             oracles = {"attention": attention, "mlp": mlp, "layer": _both(attention, mlp)}
-            for substep in SUBSTEPS[config.splitting]:
-                ready = _ready(block.rules[substep])  # type: ignore[index,arg-type]
-                step: Step = ready.step
+            for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
+                ready = _ready(rule)
+                alone = ready.State is placement.State
+                step: Step = ready.step if alone else partial(any_step, ready)
                 if config.norm_position == "post":
                     after = norm_after(substep, block.attention, block.mlp)  # type: ignore[arg-type]
                     step = _normed(step, _ready_norm(after))
                 self._steps.append((step, oracles[substep]))
         self._embedding = _lookup(model.embedding)
-        self._state = rule.State
+        self._state = placement.State
         example = model.head.weight[None, :1]
         self._starts: list[tuple[str, Start]] = []
-        for stream in rule.streams:
+        for stream in placement.streams:
             if stream.name in model.streams:
                 start = _lookup(model.streams[stream.name])  # type: ignore[arg-type]
             elif stream.start == "embedding":
@@ -116,8 +119,8 @@ class OneToken:
         self._turn.to(position)
         x = self._embedding(ids, position)
         state = self._state(**{name: start(ids, position) for name, start in self._starts})
-        for step, oracle in self._steps:
-            x, state = step(x, state, oracle)
+        for move, oracle in self._steps:
+            x, state = move(x, state, oracle)
         self._position += 1
         return self._head(self._norm(x))[0]
 

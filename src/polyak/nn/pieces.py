@@ -21,6 +21,7 @@ from polyak.errors import RunError, TrustError
 from polyak.files import make_folder, read_json, write_atomic, write_json
 from polyak.nn.attention_registry import KINDS
 from polyak.nn.config import ModelConfig
+from polyak.nn.rule_places import names_in, parts_of, renamed
 from polyak.registry import Registry, source_of
 from polyak.rules._registry import RULES
 
@@ -44,27 +45,41 @@ def portable(name: str) -> str:
 
 def portable_values(config: ModelConfig) -> dict[str, Any]:
     """`config.to_dict()` with portable names, for JSON."""
-    return {**config.to_dict(), **{axis: portable(name) for axis, name in _named(config)}}
+    values = config.to_dict()
+    short = {name: portable(name) for _, name in named_pieces(config)}
+    return {**values, **{axis: _renamed(axis, values[axis], short) for axis in AXES}}
 
 
-def source_hash(name: str) -> str | None:
-    """What identifies a piece that comes from a user's file: the hash of its content."""
-    file = source_of(name)
-    return None if file is None else usercode.read(file, error=RunError).sha256
+def source_hash(text: str) -> str | None:
+    """What identifies pieces that come from users' files: the hash of their content, or hashes."""
+    files = [file for name in names_in(text) if (file := source_of(name)) is not None]
+    return "+".join(usercode.read(file, error=RunError).sha256 for file in files) or None
 
 
 def other_sources(config: ModelConfig) -> dict[str, str]:
     """`source_hash` of a model's pieces but its rule, by AXIS_source; only of users' files."""
-    named = {f"{axis}_source": source_hash(name) for axis, name in _named(config) if axis != "rule"}
+    named = {
+        f"{axis}_source": source_hash(name) for axis, name in named_pieces(config) if axis != "rule"
+    }
     return {name: sha256 for name, sha256 in named.items() if sha256 is not None}
 
 
 def same_name(one: Any, other: Any) -> bool:
-    """Whether two names may mean one piece: their class decides, and then their hashes."""
-    return (
-        isinstance(one, str)
-        and isinstance(other, str)
-        and (one == other or (":" in one and ":" in other and _class_of(one) == _class_of(other)))
+    """Whether two names may mean one piece: their class decides, and then their hashes.
+
+    Of several rules, every part must be the same in this sense.
+    """
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    ours, theirs = parts_of(one), parts_of(other)
+    return len(ours) == len(theirs) and all(
+        a == b
+        or (
+            ":" in a.rule
+            and ":" in b.rule
+            and a.named(_class_of(a.rule)) == b.named(_class_of(b.rule))
+        )
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -86,20 +101,20 @@ def keep(
     Raises:
         RunError: a file is gone, or the folder cannot be written.
     """
-    named = [(axis, name) for axis, name in _named(config) if _is_code(axis, name)]
+    named = [(axis, name) for axis, name in named_pieces(config) if _is_code(axis, name)]
     if not named:
         return config
     manifest = _manifest(folder) or {"format": FORMAT, "run": run or secrets.token_hex(16)}
     pieces = {piece["name"]: piece for piece in manifest.get("pieces", [])}
-    copies: dict[str, Any] = {}
-    for axis, name in named:
+    copies: dict[str, str] = {}
+    for _, name in named:
         file, short = source_of(name), portable(name)
         sha256, origin = source_hash(name), None
         if file is not None:
             code = usercode.read(file, error=RunError)
             for path, content in code.files.items():
                 _write(folder / FOLDER / code.sha256[:12] / path, content)
-            copies[axis] = str(folder.resolve() / short)
+            copies[name] = str(folder.resolve() / short)
             origin = (_origin(file, name) or str(file)) if origins else None
         if short in pieces and pieces[short].get("sha256") == sha256 and pieces[short].get("mac"):
             continue
@@ -109,7 +124,11 @@ def keep(
     wanted = {**manifest, "pieces": list(pieces.values())}
     if wanted != manifest:
         write_json(folder / FOLDER / MANIFEST, wanted)
-    return dataclasses.replace(config, **copies)
+    moved: dict[str, Any] = {
+        axis: _renamed(axis, getattr(config, axis), copies)
+        for axis in dict.fromkeys(axis for axis, name in named if name in copies)
+    }
+    return dataclasses.replace(config, **moved)
 
 
 def code_folder(model: Path) -> Path:
@@ -124,7 +143,7 @@ def code_folder(model: Path) -> Path:
 
 def brings_code(values: Mapping[str, Any]) -> bool:
     """Whether a model's settings name code that is not this package's."""
-    return any(isinstance(name := values.get(axis), str) and _is_code(axis, name) for axis in AXES)
+    return any(_is_code(axis, name) for axis in AXES for name in _names(axis, values.get(axis)))
 
 
 def opened(
@@ -146,9 +165,13 @@ def opened(
     """
     found = dict(values)
     for axis in AXES:
-        name = values.get(axis)
-        if isinstance(name, str) and _is_code(axis, name):
-            found[axis] = _opened(folder, axis, name, recorded)
+        places = {
+            name: _opened(folder, axis, name, recorded)
+            for name in _names(axis, values.get(axis))
+            if _is_code(axis, name)
+        }
+        if places:
+            found[axis] = _renamed(axis, found[axis], places)
     return found
 
 
@@ -233,8 +256,25 @@ def _say_changed(file: Path, folder: Path) -> None:
     )
 
 
-def _named(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    return ((axis, getattr(config, axis)) for axis in AXES)
+def named_pieces(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(axis, name) of every piece of a model."""
+    return ((axis, name) for axis in AXES for name in _names(axis, getattr(config, axis)))
+
+
+def _names(axis: str, value: Any) -> tuple[str, ...]:
+    """The names in a field that names pieces: a model may have several rules."""
+    if not isinstance(value, str):
+        return ()
+    return names_in(value) if axis == "rule" else (value,)
+
+
+def _renamed(axis: str, value: str, names: Mapping[str, str]) -> str:
+    """A field that names pieces, with their other names where they have one."""
+
+    def other(name: str) -> str:
+        return names.get(name, name)
+
+    return renamed(value, other) if axis == "rule" else other(value)
 
 
 def _is_code(axis: str, name: str) -> bool:

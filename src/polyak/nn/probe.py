@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from polyak.errors import AttentionError, PolyakError, RuleError
 from polyak.nn.attention import Attention
 from polyak.nn.config import ModelConfig
-from polyak.nn.pieces import AXES
+from polyak.nn.pieces import AXES, named_pieces
+from polyak.nn.placement import own_streams
+from polyak.nn.rule_places import is_composite, short
 from polyak.nn.transformer import Transformer
 from polyak.rules import UpdateRule
 
@@ -38,7 +40,7 @@ TOKENS = 2**12
 
 def has_foreign_pieces(config: ModelConfig) -> bool:
     """Whether a model has pieces that did not come with this package, whose tests probe its own."""
-    return any(getattr(config, axis) not in registry.own_names for axis, registry in AXES.items())
+    return any(name not in AXES[axis].own_names for axis, name in named_pieces(config))
 
 
 def probe(config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -75,8 +77,9 @@ class _Probed:
             self.model = _drawn(_small(config))
             self._check_step()
         except Exception:  # a user's rule may be written for one width
-            layers = min(LAYERS, config.num_layers)
-            self.model = _drawn(dataclasses.replace(config, num_layers=layers, dropout=0.0))
+            self.model = _drawn(
+                dataclasses.replace(config, num_layers=_layers(config), dropout=0.0)
+            )
             self._check_step()
         self.model.double()
         self.vocabulary = self.model.config.vocab_size
@@ -191,10 +194,12 @@ class _Probed:
         Without this, the x that a user's `step` returns alone, without the state, would be taken
         apart along the batch.
         """
-        name = _short(self.model.config.rule)
-        for rule in self.model.blocks[0].rules.values():  # type: ignore[operator]
+        name = short(self.model.config.rule)
+        each: list[Any] = [rule for block in self.model.blocks for rule in block.rules.values()]  # type: ignore[operator]
+        for rule in each:
             assert isinstance(rule, UpdateRule)
             x, state = self.model.start(torch.zeros(2, 1, dtype=torch.int64))
+            state = own_streams(rule, state)
             try:
                 found: Any = rule.step(x, state, torch.zeros_like)
             except PolyakError:
@@ -208,13 +213,10 @@ class _Probed:
 
 def _suspect(config: ModelConfig) -> tuple[str, type[PolyakError]]:
     """What a leak is said of, and the error: the pieces that did not come with this package."""
-    foreign = [a for a, registry in AXES.items() if getattr(config, a) not in registry.own_names]
-    named = [f"{axis} {_short(getattr(config, axis))}" for axis in foreign or ["rule"]]
+    own = {a for a, name in named_pieces(config) if name not in AXES[a].own_names}
+    foreign = [axis for axis in AXES if axis in own]
+    named = [f"{axis} {short(getattr(config, axis))}" for axis in foreign or ["rule"]]
     return " with ".join(named), AttentionError if foreign == ["attention"] else RuleError
-
-
-def _short(name: str) -> str:
-    return name.rpartition(":")[2]
 
 
 def _small(config: ModelConfig) -> ModelConfig:
@@ -223,7 +225,7 @@ def _small(config: ModelConfig) -> ModelConfig:
     width = min(HEAD_WIDTH, config.d_model // config.num_heads)
     return dataclasses.replace(
         config,
-        num_layers=min(LAYERS, config.num_layers),
+        num_layers=_layers(config),
         num_heads=heads,
         num_kv_heads=None if config.kv_heads == config.num_heads else 1,
         d_model=heads * width,
@@ -232,6 +234,11 @@ def _small(config: ModelConfig) -> ModelConfig:
         vocab_size=VOCABULARY,
         dropout=0.0,
     )
+
+
+def _layers(config: ModelConfig) -> int:
+    """As many as are enough; all of them where each may have rules of its own."""
+    return config.num_layers if is_composite(config.rule) else min(LAYERS, config.num_layers)
 
 
 @torch.no_grad()

@@ -2,15 +2,16 @@
 
 Brackets set `ModelConfig` fields, or many by `preset=NAME`; a key that is no field but an option
 of the rule goes into `rule_options`. `attention=KIND` sets the kind of attention, and
-`attention.OPTION=VALUE` an option of it. Used by `polyak train --rule` and by the entries of a
-comparison.
+`attention.OPTION=VALUE` an option of it. Several rules, each with its place, have their own options
+in the brackets behind them, and any of these may hold what belongs to the model. Used by
+`polyak train --rule` and by the entries of a comparison.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from polyak.errors import ConfigError, unknown
 from polyak.nn.attention_registry import KINDS
 from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import known
+from polyak.nn.rule_places import Part, is_composite, parts_of, text_of
 from polyak.registry import source_of
 from polyak.settings import parse_free
 
@@ -30,34 +32,28 @@ class RuleText:
     """What such a text says.
 
     Attributes:
-        rule: registered name, or absolute `path/to/file.py:Class`.
-        brackets: what stood between the brackets.
+        rule: registered name, or absolute `path/to/file.py:Class`; of several rules, the text
+            for `ModelConfig.rule`, each with its own options in brackets.
+        label: short names and what stood in brackets, for tables.
         fields: `ModelConfig` fields set in brackets, still as text.
-        options: the rule's own options set in brackets.
+        options: the rule's own options set in brackets; of several rules, none.
         attention_options: those of the kind of attention.
     """
 
     rule: str
-    brackets: str
-    fields: dict[str, str]
-    options: dict[str, Any]
-    attention_options: dict[str, Any]
+    label: str
+    fields: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    attention_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def of_the_model(self) -> list[str]:
         """What the brackets set beside the rule's options, as written, in order of the alphabet."""
         return sorted([*self.fields, *(f"{_ATTENTION}{name}" for name in self.attention_options)])
 
-    @property
-    def label(self) -> str:
-        """The rule's short name and its brackets."""
-        name = rules.get(self.rule).name if ":" in self.rule else self.rule
-        inside = ",".join(part.strip() for part in self.brackets.split(",") if part.strip())
-        return f"{name}[{inside}]" if inside else name
-
 
 def parse_rule(text: str, option: str = "rule", kept: Path | None = None) -> RuleText:
-    """Read a rule with its brackets.
+    """Read a rule with its brackets, or several with their places.
 
     Args:
         text: for example `"nesterov[mu=0.3, tie_embeddings=false]"`.
@@ -68,34 +64,56 @@ def parse_rule(text: str, option: str = "rule", kept: Path | None = None) -> Rul
         ConfigError: the text is not of that form, or sets a key twice.
         UnknownNameError: an unknown rule, field or option; the nearest is offered.
     """
+    found = RuleText("", "")
+    written, labels = [], []
+    for part in _parts(text, option):
+        part = part.named(_found(part.rule, kept))
+        own = _sorted_out(part, text, option, found, kept)
+        written.append(Part(part.rule, ",".join(f"{k}={v}" for k, v in own.items()), part.place))
+        name = rules.get(part.rule).name if ":" in part.rule else part.rule
+        labels.append(part.named(name))
+    _check_attention(found.fields.get("attention"), found.attention_options)
+    if is_composite(text):
+        return dataclasses.replace(found, rule=text_of(written), label=text_of(labels))
+    (part,) = written
+    return dataclasses.replace(found, rule=part.rule, label=text_of(labels), options=part.options)
+
+
+def split_entries(text: str) -> list[str]:
+    """Rules separated by commas, outside brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def _parts(text: str, option: str) -> tuple[Part, ...]:
+    if is_composite(text):
+        return parts_of(text)
     match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", text)
     if match is None:
-        raise ConfigError(f"{option}: cannot read {text!r}; write rule or rule[key=value,...]")
-    rule, brackets = match[1].strip(), match[2] or ""
-    rule = _found(rule, kept)
-    known_options = sorted({*rules.get(rule).resolve({}), *rules.get(rule).scalars})
+        raise ConfigError(
+            f"{option}: cannot read {text!r}; write rule or rule[key=value,...], or several with "
+            "their places, as in rule[...]@attention+rule[...]@mlp"
+        )
+    return (Part(match[1].strip(), match[2] or ""),)
+
+
+def _sorted_out(
+    part: Part, text: str, option: str, found: RuleText, kept: Path | None
+) -> dict[str, str]:
+    """The rule's own options, as text; what belongs to the model is added to `found`."""
+    rule = rules.get(part.rule)
+    known_options = sorted({*rule.resolve({}), *rule.scalars})
     known_fields = [*(field.name for field in dataclasses.fields(ModelConfig)), "preset"]
-    fields: dict[str, str] = {}
-    options: dict[str, Any] = {}
-    attention_options: dict[str, Any] = {}
-    given = set[str]()
-    for assignment in filter(None, (part.strip() for part in brackets.split(","))):
-        key, equals, value = (part.strip() for part in assignment.partition("="))
-        if not equals:
-            raise ConfigError(f"{option}: {assignment!r} in {text!r} has no '='; write key=value")
-        if key in given:
-            raise ConfigError(f"{option}: {key!r} is set twice in {text!r}; remove one")
-        given.add(key)
+    own: dict[str, str] = {}
+    for key, value in part.assignments(option, text, given=found.of_the_model):
         if key in known_fields and key != "rule":
-            fields[key] = _found(value, kept) if key == "attention" else value
+            found.fields[key] = _found(value, kept) if key == "attention" else value
         elif key.startswith(_ATTENTION):
-            attention_options[key.removeprefix(_ATTENTION)] = parse_free(value)
+            found.attention_options[key.removeprefix(_ATTENTION)] = parse_free(value)
         elif (name := key.removeprefix("rule_options.")) in known_options:
-            options[name] = parse_free(value)
+            own[name] = value
         else:
             raise unknown(f"field or option in {text!r}:", key, [*known_fields, *known_options])
-    _check_attention(fields.get("attention"), attention_options)
-    return RuleText(rule, brackets, fields, options, attention_options)
+    return own
 
 
 def _found(name: str, kept: Path | None) -> str:

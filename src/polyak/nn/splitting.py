@@ -15,17 +15,10 @@ from functools import partial
 from torch import Tensor
 
 from polyak.nn.attention import Attention
-from polyak.nn.config import Splitting
 from polyak.nn.context import Context
 from polyak.nn.mlp import MLP
 from polyak.rules import Oracle
 from polyak.rules._norms import LayerNorm, RMSNorm
-
-SUBSTEPS: dict[Splitting, tuple[str, ...]] = {
-    "lie_trotter": ("attention", "mlp"),
-    "simultaneous": ("layer",),
-}
-"""Names of a layer's substeps, in order."""
 
 
 def oracle_of(

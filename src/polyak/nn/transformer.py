@@ -3,12 +3,12 @@ r"""`Transformer`: token ids → x and auxiliary streams → blocks → final no
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyak import rules
 from polyak.nn import attention
 from polyak.nn.attention import Attention
 from polyak.nn.cache import Cache
@@ -17,30 +17,23 @@ from polyak.nn.context import Context, context_of
 from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
 from polyak.nn.norms import norm
-from polyak.nn.splitting import SUBSTEPS, norm_after, oracle_of
+from polyak.nn.placement import Placed, Placement, placement_of, step
+from polyak.nn.splitting import norm_after, oracle_of
 from polyak.rules import State, Stream, UpdateRule
 
 
 class Block(nn.Module):
-    """One layer: its oracles, and one instance of the rule for each substep."""
+    """One layer: its oracles, and one instance of a rule for each substep."""
 
-    def __init__(self, config: ModelConfig, rule: type[UpdateRule], kind: type[Attention]) -> None:
+    def __init__(
+        self, config: ModelConfig, rules: Mapping[str, Placed], kind: type[Attention]
+    ) -> None:
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention = kind(config)
         self.mlp = MLP(config)
         self.rules = nn.ModuleDict(
-            {
-                substep: rule(
-                    config.d_model,
-                    config.num_heads,
-                    norm_eps=config.norm_eps,
-                    bias=config.bias,
-                    norm_kind=config.norm,
-                    options=config.rule_options,
-                )
-                for substep in SUBSTEPS[config.splitting]
-            }
+            {substep: placed.make(config) for substep, placed in rules.items()}
         )
 
     def forward(
@@ -49,7 +42,8 @@ class Block(nn.Module):
         """One step of the rule per substep; x is (B, T, d), and normed after it if post-norm."""
         rule: UpdateRule
         for substep, rule in self.rules.items():  # type: ignore[assignment]  # a Module to torch
-            x, state = rule.step(x, state, oracle_of(substep, self.attention, self.mlp, context))
+            oracle = oracle_of(substep, self.attention, self.mlp, context)
+            x, state = step(rule, x, state, oracle)
             if self.post_norm:
                 x = norm_after(substep, self.attention, self.mlp)(x)
         return x, state
@@ -72,12 +66,12 @@ class Transformer(nn.Module):
         # drawn before the modules are built, which draw too, and not equally for all rules
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
-        self._rule = rules.get(config.rule)  # read once: the file may change or go
+        self.placement: Placement = placement_of(config)  # read once: a file may change or go
         self.embedding = Embedding(config)
         self.streams = nn.ModuleDict(
             {
                 stream.name: Embedding(config, stream.name)
-                for stream in self.rule.streams
+                for stream in self.placement.streams
                 if self._learned(stream)
             }
         )
@@ -88,9 +82,7 @@ class Transformer(nn.Module):
         for name, raw in kind.raw_coefficients(options, "model").items():
             self.attention_scalars[name] = nn.Parameter(torch.full((1,), raw))
         self._recurrent = kind.recurrent
-        self.blocks = nn.ModuleList(
-            Block(config, self._rule, kind) for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, placed, kind) for placed in self.placement.layers)
         self.norm = norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
@@ -99,8 +91,12 @@ class Transformer(nn.Module):
 
     @property
     def rule(self) -> type[UpdateRule]:
-        """The class of the model's update rule."""
-        return self._rule
+        """The class of the model's update rule.
+
+        Raises:
+            ConfigError: it has several; `placement` says which steps where.
+        """
+        return self.placement.only
 
     @property
     def recurrent(self) -> bool:
@@ -232,19 +228,25 @@ class Transformer(nn.Module):
             shared=self.attention_scalars or None,  # type: ignore[arg-type]  # torch's own mapping
         )
 
-    def scalars(self) -> dict[str, dict[str, list[float]]]:
+    def scalars(self) -> dict[str, dict[str, list[float | None]]]:
         """Learned scalars by name, substep and depth: `{"mu": {"attention": [...]}}`.
 
-        Those of the kind of attention are `attention.mu`, under the substep `attention`.
+        None at layers whose rule has no such scalar. Those of the kind of attention are
+        `attention.mu`, under the substep `attention`.
         """
-        values: dict[str, dict[str, list[float]]] = {}
-        for block in self.blocks:
+        values: dict[str, dict[str, list[float | None]]] = {}
+
+        def put(name: str, substep: str, layer: int, value: float) -> None:
+            nothing: list[float | None] = [None] * len(self.blocks)
+            values.setdefault(name, {}).setdefault(substep, nothing)[layer] = value
+
+        for layer, block in enumerate(self.blocks):
             for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
                 for name, value in rule.scalar_values().items():
-                    values.setdefault(name, {}).setdefault(substep, []).append(value)
+                    put(name, substep, layer, value)
             kind: Any = block.attention
             for name, value in kind.scalar_values(self.attention_scalars).items():
-                values.setdefault(f"attention.{name}", {}).setdefault("attention", []).append(value)
+                put(f"attention.{name}", "attention", layer, value)
         return values
 
     def _learned(self, stream: Stream) -> bool:
@@ -252,8 +254,8 @@ class Transformer(nn.Module):
 
     def _start(self, input_ids: Tensor, context: Context | None) -> tuple[Tensor, State]:
         x = self.embedding(input_ids, context)
-        starts = {s.name: self._start_of(s, input_ids, x, context) for s in self.rule.streams}
-        return x, self.rule.State(**starts)
+        starts = {s.name: self._start_of(s, input_ids, x, context) for s in self.placement.streams}
+        return x, self.placement.State(**starts)
 
     def _start_of(
         self, stream: Stream, input_ids: Tensor, x: Tensor, context: Context | None

@@ -58,9 +58,11 @@ def scalar_depth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
             continue
         style = chosen[entry["name"]]
         points = []
-        for position, values in enumerate(substeps.values()):
+        for substep, values in substeps.items():
+            # at layers without this scalar there is None, and a gap
             flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1).mean(-1)
-            offset = position / len(substeps)
+            position = int(substep == "mlp")
+            offset = position / 2
             points += [(layer + 1 + offset, y, position) for layer, y in enumerate(flat)]
             layers = max(layers, len(flat))
         points.sort()

@@ -393,8 +393,8 @@ class _Session:
         loss = self.trainer.validation_loss(self.validation)
         if not math.isfinite(loss):
             raise DivergedError(
-                f"rule {self.trainer.model.rule.name} diverged: the validation loss is not finite "
-                f"after step {at.step} (seed {self.recipe.seed}); lower training.muon_lr or "
+                f"rule {self.trainer.model.placement.name} diverged: the validation loss is not "
+                f"finite after step {at.step} (seed {self.recipe.seed}); lower training.muon_lr or "
                 f"training.adam_lr; last good checkpoint: {self.checkpoints.last_path() or 'none'}"
             )
         at.validation, at.validated = loss, at.step

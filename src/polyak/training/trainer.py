@@ -136,7 +136,7 @@ class Trainer:
             for parameter in self.parameters:
                 parameter.grad = None
             raise DivergedError(
-                f"rule {self.model.rule.name} diverged: the {what} is not finite at step "
+                f"rule {self.model.placement.name} diverged: the {what} is not finite at step "
                 f"{step + 1} (seed {self.recipe.seed})"
                 + (f", first the {where}" if where else "")
                 + "; lower training.muon_lr or training.adam_lr"

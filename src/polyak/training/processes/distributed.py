@@ -116,7 +116,8 @@ class _Sharded(Wrapped):
                 # the plain sum; gloo has no other
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
-        if module.model.rule.__module__.startswith("polyak."):
+        parts = module.model.placement.parts
+        if all(placed.rule.__module__.startswith("polyak.") for placed in parts):
             # said of a stream that a block passes on; our rules change nothing in place
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module.*returned a view")
         self.small = [parameter for parameter in small if parameter.requires_grad]

@@ -52,19 +52,11 @@ def attention_calls(config: ModelConfig) -> int:
     Raises:
         PolyakError: the rule is not there, or its step fails when run to count them.
     """
-    from polyak import rules
-    from polyak.rules._cost import step_cost
+    from polyak.nn.placement import placement_of
 
-    step = step_cost(
-        rules.get(config.rule),
-        config.d_model,
-        config.num_heads,
-        norm_eps=config.norm_eps,
-        bias=config.bias,
-        norm_kind=config.norm,
-        options=config.rule_options,
-    )
-    return config.num_layers * step.oracle_calls
+    placement = placement_of(config)
+    calls = {id(placed): placed.step_cost(config).oracle_calls for placed in placement.parts}
+    return sum(calls[id(placed)] for substep, placed in placement.steps() if substep != "mlp")
 
 
 def auto_classes(config: ModelConfig) -> dict[str, str]:
