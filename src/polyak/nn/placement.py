@@ -7,6 +7,7 @@ a stream of one name share it. A rule sees its own streams; the others pass thro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,6 +137,11 @@ def placement_of(config: ModelConfig) -> Placement:
 
     parts = parts_of(config.rule)
     if len(parts) == 1 and parts[0].place is None:
+        if ":" not in config.rule and re.search(r"[@+]", config.rule):
+            raise ConfigError(
+                f"rule={config.rule!r} cannot be read; write RULE@PLACE+RULE, as in "
+                "residual_momentum@attention+gradient_descent@mlp"
+            )
         rule = rules.get(parts[0].rule)
         rule.resolve(config.rule_options)
         one = Placed(parts[0], rule, dict(config.rule_options))
@@ -232,6 +238,8 @@ def _union(steps: list[type[UpdateRule]], config: ModelConfig) -> tuple[Stream, 
                         else ""
                     )
                 )
+            if stream.start == "embedding":  # which stream_start can set to zeros
+                found[stream.name] = stream, rule
     return tuple(stream for stream, _ in found.values())
 
 
