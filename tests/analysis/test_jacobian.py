@@ -180,6 +180,39 @@ def test_the_nearly_lost_direction_is_as_small_as_eps_over_the_variance(tiny_mod
     assert 50 < gains[0] / gains[1] < 200
 
 
+@pytest.mark.parametrize(
+    ("rule", "moved"),
+    [
+        ("heavy_ball@attention+gradient_descent@mlp", [True, True, True]),
+        ("heavy_ball@1+gradient_descent", [True, False, False]),
+        ("gradient_descent@1+heavy_ball@2+gradient_descent@3", [False, True, False]),
+    ],
+)
+def test_a_stream_that_passes_through_leaves_where_it_could_enter(
+    rule: str, moved: list[bool], tiny_model: Build
+) -> None:
+    model = tiny_model(rule, num_layers=3, norm_eps=1e-9)
+    d, normed = model.config.d_model, False
+    for maps, moves in zip(block_maps(model, ids(model)), moved, strict=True):
+        full, lost = maps.full, 2 * normed
+        normed = normed or moves
+        # of the block's own Jacobian, two directions a token are lost where v passes a norm in it
+        assert (full.zeros.exact, full.zeros.near) == (TOKENS * moves, TOKENS * moves)
+        jacobian = reference(full)
+        inner = between(jacobian, full.restricted.enter, full.restricted.leave)
+        assert inner.shape == (TOKENS * (2 * d - 2 * normed), TOKENS * (2 * d - lost))
+        kept = torch.linalg.svdvals(inner)
+        assert kept[-1] > 1e-6 * kept[0]
+        found = spectrum(full, ITERATIVE)
+        close(found.sigma_max.value, torch.linalg.svdvals(jacobian)[0])
+        if inner.shape[0] == inner.shape[1]:
+            close(found.sigma_min.value, kept[-1])
+        if normed and not moves:  # nothing that enters leaves outside of what is kept
+            assert full.restricted.enter is not None
+            image = jacobian @ torch.block_diag(*full.restricted.enter)
+            torch.testing.assert_close(torch.linalg.svdvals(image), kept, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("rule", rules.names())
 def test_the_oracle_loses_the_constant_vector_and_nothing_else(
     rule: str, tiny_model: Build

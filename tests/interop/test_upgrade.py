@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import SETTINGS, run_config, write_corpus
 from torch import Tensor
 
-from polyak import Transformer, load_run, rules
+from polyak import ModelConfig, Transformer, load_run, rules
 from polyak.cli.main import main
 from polyak.errors import ConfigError, RuleError
 from polyak.interop.upgrade import fit, upgrade
@@ -71,6 +71,25 @@ def test_the_upgraded_model_is_the_same_function_bit_for_bit(
     assert made.model.rule.name == text.partition("[")[0]
     # and its coefficients can learn to leave
     assert all(parameter.requires_grad for parameter in made.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "residual_momentum@attention+gradient_descent@mlp",
+        "triple_momentum[stream_start=zeros]@1+residual_momentum[coefficients=unconstrained]@2",
+        "nesterov@mlp+heavy_ball[state_norm=none,stream_start=zeros]",
+    ],
+)
+def test_several_rules_that_all_descend_are_the_same_function(text: str, tiny_model: Build) -> None:
+    source = tiny_model("gradient_descent", dtype=torch.float32)
+    made = upgrade(source, parse_rule(text), no_text)
+    assert made.exact
+    input_ids = ids()
+    assert torch.equal(made.model(input_ids), source(input_ids))
+    again = ModelConfig.from_dict(json.loads(json.dumps(made.model.config.to_dict())))
+    assert again == made.model.config
+    assert "mu=0.0" in again.rule
     assert made.misses == ()
     input_ids = ids()
     assert torch.equal(made.model(input_ids), source(input_ids))
@@ -108,8 +127,9 @@ def miss(source: Transformer, model: Transformer, input_ids: Tensor) -> float:
 @pytest.mark.parametrize(
     "text",
     [f"{rule}[state_norm=layer]" for rule in VELOCITY]
-    + [f"{rule}[coefficients=constrained]" for rule in REDUCIBLE]
-    + OTHERS,
+    + [f"{rule}[coefficients=constrained]" for rule in VELOCITY]
+    + OTHERS
+    + ["adam@1.attention+triple_momentum[state_norm=layer]@2+gradient_descent"],
 )
 def test_what_is_not_exact_is_fitted_and_says_so(text: str, bias: bool, tiny_model: Build) -> None:
     source = tiny_model("gradient_descent", dtype=torch.float32, bias=bias, num_layers=3)

@@ -108,9 +108,10 @@ def _descending(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], bo
     resolved = rule.resolve(options)
     if rule.descent is None:  # nothing but gradient descent itself is
         return options, rule.name == "gradient_descent" and resolved["update_norm"] == "none"
+    if resolved["coefficients"] != "unconstrained":
+        return options, False
     there = rule.resolve({**options, **rule.descent})
-    exact = all(resolved[name] == there[name] for name in rule.descent if name != "frozen")
-    return options, exact and resolved["coefficients"] == "unconstrained"
+    return options, all(resolved[n] == there[n] for n in rule.descent if n != "frozen")
 
 
 def upgrade(

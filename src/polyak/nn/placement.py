@@ -114,7 +114,7 @@ class Placement:
         """The equation, or each part's behind its place."""
         if len(self.parts) == 1:
             return self.parts[0].rule.title()
-        return " | ".join(
+        return " · ".join(
             f"{'else' if placed.part.place is None else placed.part.place}: {placed.rule.title()}"
             for placed in self.parts
         )

@@ -22,7 +22,7 @@ class AdaptiveResidualMomentum(UpdateRule):
     that the first step is x + sg. s is fixed as in the paper; `frozen="none"` learns it.
     """
 
-    equation = "g = O(x); μ = (1 − √(|g − g₋|/|v|))², or by kind; v ← μv − g; x ← x − sv"
+    equation = "g = O(x); μ = (1 − √(‖g − g₋‖/‖v‖))², or by kind; v ← μv − g; x ← x − sv"
     streams = (Stream("v", start="zeros"), Stream("g_prev", start="zeros"))
     s = positive(0.99)
     fixed = ("s",)
