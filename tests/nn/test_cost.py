@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import pytest
@@ -15,11 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyak import ModelConfig, Transformer, ops, rules
 from polyak.errors import ConfigError, RuleError
+from polyak.nn import attention
+from polyak.nn.attention_registry import KINDS
 from polyak.nn.cache import KeyValueCache
 from polyak.nn.cost import cost
 from polyak.nn.presets import Preset, preset_fields
 from polyak.rules import Oracle, State, Stream, UpdateRule, unit_interval
-from polyak.rules._cost import count_elements, measure, step_cost
+from polyak.rules._cost import ElementCounter, count_elements, measure, step_cost
 
 every_rule = pytest.mark.parametrize("rule", rules.names())
 Config = Callable[..., ModelConfig]
@@ -103,10 +106,33 @@ def counted_elements(config: ModelConfig, length: int) -> float:
     """Elements per token of a real forward pass: what a second sequence adds to the first."""
     model, totals = Transformer(config), []
     for batch in (1, 2):
-        with count_elements() as counter, ops.reference_forms():
+        with count_elements() as counter, ops.reference_forms(), attention_aside(counter):
             model(torch.zeros(batch, length, dtype=torch.long))
         totals.append(counter.elements)
     return (totals[1] - totals[0]) / length
+
+
+@contextmanager
+def attention_aside(counter: ElementCounter) -> Iterator[None]:
+    """What a kind of attention does with queries, keys and values is not counted."""
+    kinds = [attention.get(name) for name in attention.names()]
+    attends = {kind: kind.attend for kind in kinds if "attend" in vars(kind)}
+
+    def aside(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            before = counter.elements
+            y = attend(*arguments)
+            counter.elements = before
+            return y
+
+        return run
+
+    matrix = attention.get("linear").__mro__[1]
+    attends[matrix] = matrix.attend
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, attend in attends.items():
+            patch.setattr(kind, "attend", aside(attend))
+        yield
 
 
 def per_token(config: ModelConfig, length: int) -> list[float]:
@@ -129,6 +155,92 @@ def test_formulas_equal_the_counters_to_the_last_digit(rule: str, tiny_config: C
         ]
         assert formulas == per_token(config, config.context_length), fields
         assert found.training_flops_per_token == formulas[0] + formulas[1]
+
+
+ATTENTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"normalize": False, "chunk_size": 3}),
+    ("linear", {"chunk_size": 3, "recompute": True}),
+    ("momentum", {}),
+    ("momentum", {"chunk_size": 4, "mu_learned": "head", "gamma_learned": "model"}),
+    ("momentum", {"chunk_size": 3, "recompute": True, "weighted_normalizer": True}),
+    ("momentum", {"form": "released", "chunk_size": 3}),
+    ("adaptive_momentum", {"gamma_learned": "layer"}),
+    ("adaptive_momentum", {"chunk_size": 3, "recompute": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), ATTENTIONS)
+def test_formulas_of_attention_equal_the_counters(
+    kind: str, options: dict[str, Any], tiny_config: Config
+) -> None:
+    fields = {"num_heads": 4, "num_kv_heads": 2, "d_model": 16, "qk_norm": True, "num_layers": 1}
+    given = {"attention": kind, "attention_options": options, "positions": "rope"}
+    config = tiny_config("triple_momentum", **fields, **given, splitting="simultaneous")
+    found = cost(config)
+    flops = [found.forward_flops_per_token, found.backward_flops_per_token]
+    *counted, elements = per_token(config, 7)
+    assert flops == [int(count + 0.5) for count in counted]
+    assert found.elementwise_per_token == elements
+    groups: Counter[str] = Counter()
+    for name, parameter in Transformer(config).named_parameters():
+        groups[_group(name)] += parameter.numel()
+    assert {group: n for group, n in found.parameters.items() if n} == groups
+
+
+@pytest.mark.parametrize(("kind", "options"), ATTENTIONS)
+def test_decoding_with_a_state_costs_the_same_at_every_position(
+    kind: str, options: dict[str, Any], tiny_config: Config
+) -> None:
+    config = tiny_config("nesterov", attention=kind, attention_options=options)
+    prices = {cost(config, position=place).decoding_flops_per_token for place in (0, 3, 6)}
+    assert len(prices) == 1
+    if options.get("form") == "released":
+        return
+    model, cache = meta_model(config), KeyValueCache(7)
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(ids, cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            model(ids[:, :1], cache=cache)
+    assert {counter.get_total_flops()} == prices
+
+
+@pytest.mark.parametrize("form", ["two_sided", "read_after_write", "lra"])
+def test_attention_that_sees_the_future_is_measured(form: str, tiny_config: Config) -> None:
+    options = {"bidirectional": form}
+    config = tiny_config("adam", attention="momentum", attention_options=options, causal=False)
+    forward, backward = counted_flops(config, 1, 7)
+    found = cost(config)
+    assert found.forward_flops_per_token == int(forward / 7 + 0.5)
+    assert found.backward_flops_per_token == int(backward / 7 + 0.5)
+    forward, _ = counted_flops(config, 1, 4)
+    assert cost(config, position=3).decoding_flops_per_token == forward
+
+
+def test_a_users_kind_of_attention_is_measured(tiny_config: Config) -> None:
+    class Own(attention.get("softmax")):
+        """Another product, and a matrix of its own."""
+
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config)
+            self.mix = torch.nn.Linear(config.head_width, config.head_width, bias=False)
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            return super().attend(q, k, self.mix(v), *rest)
+
+    before = dict(KINDS._registered)
+    attention.register("own")(Own)
+    try:
+        found, plain = cost(tiny_config("adam", attention="own")), cost(tiny_config("adam"))
+    finally:
+        KINDS._registered.clear()
+        KINDS._registered.update(before)
+    # two layers, 12 rows of 4 numbers each by (4, 4)
+    assert found.forward_flops_per_token - plain.forward_flops_per_token == 2 * 2 * 12 * 4
+    assert found.backward_flops_per_token - plain.backward_flops_per_token == 2 * 2 * 2 * 12 * 4
+    assert found.decoding_flops_per_token - plain.decoding_flops_per_token == 2 * 2 * 12 * 4
+    assert found.parameters["attention"] - plain.parameters["attention"] == 2 * 16
 
 
 @every_rule
@@ -172,6 +284,8 @@ def _group(name: str) -> str:
             return "output"
         case ["norm", _] | ["blocks", _, _, "norm" | "q_norm" | "k_norm", _]:
             return "norms"
+        case ["attention_scalars", _]:
+            return "attention"
         case ["blocks", _, "rules", *_]:
             return "rule"
         case ["blocks", _, oracle, *_]:

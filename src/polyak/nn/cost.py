@@ -1,10 +1,11 @@
 r"""What a model costs: parameters, FLOPs, elementwise work and state, from its configuration.
 
 Matrix products are counted as `torch.utils.flop_counter.FlopCounterMode` counts them on the meta
-device, 2mnk each. Attention is the full T² square, causal or not, and its backward pass four
-products: on the meta device it runs as plain matrix products. (A flash kernel computes the scores
-once more in backward and may skip the masked half.) The one formula torch lacks, of an in-place
-`baddbmm_`, is registered by `polyak.rules._cost`.
+device, 2mnk each. Softmax attention is the full T² square, causal or not, and its backward pass
+four products: on the meta device it runs as plain matrix products. (A flash kernel computes the
+scores once more in backward and may skip the masked half.) Kinds with a state are counted as they
+run, by chunks; a user's kind is measured (`polyak.nn.attention._cost`). The one formula torch
+lacks, of an in-place `baddbmm_`, is registered by `polyak.rules._cost`.
 With T the context length, d the width and V the vocabulary, one token's forward pass takes
 
     layers · (2dD(2H + 2H_kv) + 4·T·H·D + 2m·d·w) + 2dV + the rule's own products,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 class Cost:
     """What a model costs; FLOPs per token at sequences of `context_length` tokens.
 
+    They are rounded where a sequence ends in a shorter chunk of attention and its FLOPs are no
+    multiple of its tokens.
+
     All numbers leave dropout out. Compare models within one column: an elementwise element and a
     FLOP of a matrix product take very different times.
     """
@@ -45,12 +49,13 @@ class Cost:
     backward_flops_per_token: int
     """Matrix products of the backward pass."""
     decoding_flops_per_token: int
-    """Matrix products of one more token, given the keys and values of those before it."""
+    """Matrix products of one more token, given the keys and values, or states, of those before."""
     elementwise_per_token: int
-    """Elements written by arithmetic outside matrix products and the attention kernel, forward
-    pass, with every op in its reference form (`polyak.rules._cost.ElementCounter`): norms, the
-    MLP's non-linearity, rotary positions, the rule, sums of embeddings. Tables of positions, which
-    a batch shares, are left out."""
+    """Elements written by arithmetic outside matrix products and what a kind of attention does
+    with queries, keys and values (a kernel, or chunks), forward pass, with every op in its
+    reference form (`polyak.rules._cost.ElementCounter`): norms, the MLP's non-linearity, rotary
+    positions, the rule, sums of embeddings. Tables of positions, which a batch shares, are left
+    out."""
     state_bytes_per_token: int
     """Bytes of what one token carries from layer to layer: x and the rule's streams."""
     bytes_per_number: int
@@ -80,7 +85,9 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     Raises:
         ConfigError: `position` is outside the context, or `bytes_per_number` below 1.
         RuleError: the rule declares no cost and its step fails when run to measure it.
+        AttentionError: the same of a kind of attention.
     """
+    from polyak.nn.attention._cost import sequence_flops, token_flops
     from polyak.nn.placement import placement_of
     from polyak.rules._cost import norm_elements
 
@@ -99,20 +106,22 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     tables = sum(s.start == "embedding" and config.stream_start is None for s in placement.streams)
     rule_forward = sum(cost.forward_flops for _, cost in steps)
 
-    def forward(keys: int) -> int:
-        attention = 2 * _attention_matrices(config) + 4 * keys * config.heads_width
-        oracles = to_attention * attention + to_mlp * 2 * _mlp_matrices(config)
-        return oracles + rule_forward + 2 * d * config.vocab_size
-
-    total_forward = forward(config.context_length)
+    matrices = to_attention * _attention_matrices(config) + to_mlp * _mlp_matrices(config)
+    rest, tokens = 2 * matrices + 2 * d * config.vocab_size, config.context_length
+    inside = sequence_flops(config, tokens)
+    if config.causal:
+        decoding = to_attention * token_flops(config, position + 1) + rest + rule_forward
+    else:
+        again = (rest + rule_forward) * (position + 1)
+        decoding = again + to_attention * sequence_flops(config, position + 1)[0]
     norm = norm_elements(config.norm, d, config.bias)
-    decoding = forward(position + 1) * (1 if config.causal else position + 1)
     state = d + sum(_numbers(s.shape(d, config.num_heads)) for s in placement.streams)
     return Cost(
         parameters=_parameters(config, placement, tables),
-        forward_flops_per_token=total_forward,
-        backward_flops_per_token=2 * (total_forward - rule_forward)
-        + sum(cost.backward_flops for _, cost in steps),
+        forward_flops_per_token=rest + rule_forward + _share(to_attention * inside[0], tokens),
+        backward_flops_per_token=2 * rest
+        + sum(cost.backward_flops for _, cost in steps)
+        + _share(to_attention * inside[1], tokens),
         decoding_flops_per_token=decoding,
         elementwise_per_token=_starts(config, tables)
         # a pre-norm is taken whenever an oracle is called, a post-norm once a step
@@ -125,6 +134,11 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         state_bytes_per_token=state * bytes_per_number,
         bytes_per_number=bytes_per_number,
     )
+
+
+def _share(flops: int, tokens: int) -> int:
+    """One token's part of a sequence's, to the nearest whole number."""
+    return (2 * flops + tokens) // (2 * tokens)
 
 
 def _starts(config: ModelConfig, tables: int) -> int:
@@ -165,6 +179,8 @@ def _inside_attention(config: ModelConfig) -> int:
 def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[str, int]:
     import torch
 
+    from polyak.nn.attention._cost import parameters
+
     with torch.device("meta"):  # a user's rule may hold any parameters
         made = {id(placed): placed.make(config) for placed in placement.parts}
     own = {key: sum(p.numel() for p in rule.parameters()) for key, rule in made.items()}
@@ -178,7 +194,9 @@ def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[
         "positions": positions * d,
         "streams": tables * (config.vocab_size + positions) * d,
         "attention": layers
-        * ((config.qkv_width + config.heads_width) * d + qkv_bias * config.qkv_width + bias * d),
+        * ((config.qkv_width + config.heads_width) * d + qkv_bias * config.qkv_width + bias * d)
+        if config.attention == "softmax"
+        else parameters(config),
         "mlp": layers * ((up + 1) * d * width + bias * (up * width + d)),
         "norms": (2 * layers + 1) * d * affine + config.qk_norm * 2 * layers * config.head_width,
         "rule": sum(own[id(placed)] for _, placed in placement.steps()),

@@ -54,6 +54,9 @@ class Attention(nn.Module):
         learned = (learned_option(o) for o in own.values() if isinstance(o, Coefficient))
         cls.declared = {**cls.declared, **own, **{option.name: option for option in learned}}
         cls.name = vars(cls).get("name") or cls.__name__
+        for price in ("flops", "decoding_flops"):  # a subclass may compute something else
+            if price not in vars(cls):
+                setattr(cls, price, vars(Attention)[price])
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,6 +104,19 @@ class Attention(nn.Module):
             for name, option in cls.declared.items()
             if isinstance(option, Coefficient) and options[f"{name}_learned"] == of
         }
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """Matrix products of `attend` on a sequence of so many tokens, forward and backward.
+
+        None, where a kind does not say, is measured. Not inherited.
+        """
+        return None
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """Matrix products of `attend` on one more token, the last of so many; None: measured."""
+        return None
 
     @property
     def sees_length(self) -> bool:

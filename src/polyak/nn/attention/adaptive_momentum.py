@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from polyak.nn.attention import choice, positive, register
+from polyak.nn.attention._flops import adaptation_flops, read_flops, walk_flops
 from polyak.nn.attention._matrix import MatrixAttention
+from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 from polyak.ops import (
     adaptive_momentum_attention,
@@ -38,3 +40,16 @@ class AdaptiveMomentumAttention(MatrixAttention):
             "gamma": self.coefficient("gamma", context),
             "first_step": self.first_step,
         }
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """See `Attention.flops`."""
+        options = cls.resolve(config.attention_options, causal=True)
+        walk = walk_flops(config, options, tokens, momentum=True)
+        adaptation = adaptation_flops(config, options, tokens)
+        return walk[0] + adaptation[0], walk[1] + adaptation[1]
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """See `Attention.decoding_flops`."""
+        return read_flops(config, cls.resolve(config.attention_options, causal=config.causal))

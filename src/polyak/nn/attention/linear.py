@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from polyak.nn.attention import choice, register
+from polyak.nn.attention._flops import read_flops, walk_flops
 from polyak.nn.attention._matrix import MatrixAttention
+from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 from polyak.ops import linear_attention, linear_attention_step, linear_attention_with_state
 
@@ -34,3 +36,16 @@ class LinearAttention(MatrixAttention):
         """See `MatrixAttention.given`."""
         found = super().given(context)
         return found if self.causal else {**found, "bidirectional": self.bidirectional}
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """See `Attention.flops`; what is not causal is measured."""
+        if not config.causal:
+            return None
+        options = cls.resolve(config.attention_options, causal=True)
+        return walk_flops(config, options, tokens, momentum=False)
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """See `Attention.decoding_flops`."""
+        return read_flops(config, cls.resolve(config.attention_options, causal=config.causal))

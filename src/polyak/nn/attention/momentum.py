@@ -6,7 +6,9 @@ from typing import Any
 
 from polyak.errors import ConfigError
 from polyak.nn.attention import choice, flag, positive, register, unit
+from polyak.nn.attention._flops import read_flops, walk_flops
 from polyak.nn.attention._matrix import MatrixAttention
+from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 from polyak.ops import momentum_attention, momentum_attention_step, momentum_attention_with_state
 
@@ -81,3 +83,16 @@ class MomentumAttention(MatrixAttention):
             "gamma": self.coefficient("gamma", context),
             "weighted_normalizer": self.weighted_normalizer,
         }
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """See `Attention.flops`; what is not causal is measured."""
+        if not config.causal:
+            return None
+        options = cls.resolve(config.attention_options, causal=True)
+        return walk_flops(config, options, tokens, momentum=options["form"] == "exact")
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """See `Attention.decoding_flops`."""
+        return read_flops(config, cls.resolve(config.attention_options, causal=config.causal))

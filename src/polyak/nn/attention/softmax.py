@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyak.nn.attention import Attention, register
+from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
 
 
@@ -15,6 +16,17 @@ class SoftmaxAttention(Attention):
 
     equation = "o = softmax(QKᵀ/√D) V"
     paper = "arXiv:1706.03762"
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """Scores and their sums of values, over the whole square; see `Attention.flops`."""
+        forward = 4 * tokens * tokens * config.heads_width
+        return forward, 2 * forward
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """See `Attention.decoding_flops`."""
+        return 4 * tokens * config.heads_width
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context | None, dropout: float

@@ -156,8 +156,11 @@ class _Shares(torch.autograd.Function):
 
 
 def _fast(tensor: Tensor) -> bool:
-    """Whether the loop can run on numbers: a tensor of the CPU, float32 or float64."""
-    return tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64)
+    """Whether the loop can run on numbers: a tensor of the CPU, float32 or float64.
+
+    Or on none: a tensor of the meta device, where only shapes count.
+    """
+    return (tensor.is_cpu or tensor.is_meta) and tensor.dtype in (torch.float32, torch.float64)
 
 
 def _products(mu: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

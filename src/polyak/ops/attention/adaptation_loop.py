@@ -42,6 +42,8 @@ def loop(
         size: |P|² before the chunk, (R,).
         held: (free, fixed), (R, C): μ is μ·free + fixed.
     """
+    if change.is_meta:
+        return _trace(change)
     tiny = torch.finfo(change.dtype).tiny
     if bool((size > tiny).all()):
         found = _loop(change, gram, along, size, held, guarded=False)
@@ -59,13 +61,7 @@ def _loop(
     guarded: bool,
 ) -> Trace:
     """`loop`; guarded: P may be 0, where |P|² is stored as the smallest number."""
-    rows, tokens = change.shape
-    found = Trace(
-        mu=change.new_empty(tokens, rows, 1),
-        x=change.new_empty(tokens, rows, 1),
-        y=change.new_empty(tokens + 1, rows, tokens),
-        a=change.new_empty(tokens + 1, rows, 1),
-    )
+    found, rows = _trace(change), len(change)
     mus, xs, ys, sizes = (_array(t) for t in found)
     own_y = _array(_own(found.y))
     tiny = np.full((1, 1), torch.finfo(change.dtype).tiny, dtype=xs.dtype)
@@ -99,12 +95,26 @@ def _loop(
     return found
 
 
+def _trace(change: Tensor) -> Trace:
+    """Room for what the loop leaves."""
+    rows, tokens = change.shape
+    return Trace(
+        mu=change.new_empty(tokens, rows, 1),
+        x=change.new_empty(tokens, rows, 1),
+        y=change.new_empty(tokens + 1, rows, tokens),
+        a=change.new_empty(tokens + 1, rows, 1),
+    )
+
+
 def loop_back(
     trace: Trace, by_mu: Tensor, free: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `loop` with respect to change, gram, along and size, from those of μ (R, C)."""
     mus, x, y, a = trace
     tokens, rows, _ = mus.shape
+    if mus.is_meta:
+        by_gram = y.new_empty(rows, tokens, tokens)
+        return torch.empty_like(by_mu), by_gram, torch.empty_like(by_mu), a[0, :, 0]
     own = _own(y)
     tiny = torch.finfo(a.dtype).tiny
     slope = torch.where((x * x < MOST) & (a[:-1] > tiny), 2 * x, 0)  # ∂μ/∂x
