@@ -64,6 +64,13 @@ def test_a_run_of_several_rules_is_trained_resumed_and_reported(
     assert main([*other, "--resume"]) != 0
     error = capsys.readouterr().err
     assert "model.rule: 'adam@1.attention+triple_momentum@mlp' there, 'soap@1.attention+" in error
+    # training may freeze what it does not change, and nothing else
+    for rule, code in (("adam[frozen=beta1]", 0), ("adam[beta1=0.2]", 1)):
+        text = f"{rule}@1.attention+triple_momentum@mlp"
+        on = words(tmp_path, "--init", run, "--rule", text, "--out", tmp_path / rule)
+        assert (main(on) != 0) == code
+    frozen, _ = load_run(tmp_path / "adam[frozen=beta1]")
+    assert not frozen.blocks[0].rules["attention"].beta1_raw.requires_grad  # type: ignore[index,union-attr]
 
 
 def test_a_users_files_in_parts_are_kept_and_need_the_word(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from polyak.data.tokenizers import ByteTokenizer
 from polyak.errors import RunError
 from polyak.evaluation.attention import SEQUENCES, attention_entropy, entropy, probabilities
 from polyak.evaluation.subjects import Subject
+from polyak.rules import Oracle, State, UpdateRule
 from tests.conftest import Build
 
 
@@ -77,6 +79,25 @@ def test_every_rules_attention_is_seen_and_the_model_is_left_as_it_was(
         assert all(0 < share < 1 for share in row["relative"])
     assert torch.equal(before, model(ids))
     json.dumps(found, allow_nan=False)
+
+
+def test_calls_are_counted_layer_by_layer(
+    tiny_model: Build, registered: Callable[[str, type[UpdateRule]], str]
+) -> None:
+    class Twice(UpdateRule):
+        def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+            return x + oracle(x + oracle(x)), state
+
+    name = registered("twice", Twice)
+    for place, calls in (
+        ("1.attention", [2, 1, 1]),
+        ("2.attention", [1, 2, 1]),
+        ("mlp", [1, 1, 1]),
+    ):
+        model = tiny_model(f"{name}@{place}+gradient_descent", num_layers=3)
+        found = attention_entropy(subject_of(model), torch.randint(11, (1, 7)))
+        expected = [(i + 1, j + 1) for i, n in enumerate(calls) for j in range(n)]
+        assert [(row["layer"], row["call"]) for row in found["layers"]] == expected
 
 
 def test_equal_scores_are_as_wide_as_can_be_and_large_ones_as_narrow() -> None:

@@ -125,6 +125,7 @@ def test_brackets_hold_what_belongs_to_the_rule_and_to_the_model() -> None:
         ("nesterov@1-2+adam", {}, "nothing is left for adam, as the other parts take every step"),
         ("nesterov@atention+adam", {}, "nesterov@atention: there is no place 'atention'; use att"),
         ("nesterov@layer+adam", {}, "there is no place 'layer'"),
+        ("nesterov@1.layer+adam", {"splitting": "simultaneous"}, "there is no place 'layer'"),
         ("nesterov@1.2+adam", {}, r"place '1.2' of nesterov@1.2 is none; use attention, mlp"),
         ("nesterov@+adam", {}, "place '' of nesterov@ is none"),
         ("nesterov@attention+", {}, "cannot be read; write RULE@PLACE\\+RULE"),

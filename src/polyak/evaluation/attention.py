@@ -13,12 +13,12 @@ more than once in a substep has that many rows in a layer (`call`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from polyak.errors import RunError
@@ -75,16 +75,28 @@ def entropy(chances: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Watch(TorchFunctionMode):
-    """Gathers the entropies of every attention call, in order."""
+    """Gathers the entropies of every attention call, in order, and the layers that call."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.found: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[int] = []
+        self._layer = 0
+        self._hooks = [block.register_forward_pre_hook(self._next) for block in blocks]
+
+    def _next(self, *_: Any) -> None:
+        self._layer += 1
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.found.append(entropy(*probabilities(*args, **kwargs)))
+            self.layers.append(self._layer)
         return func(*args, **kwargs)
 
 
@@ -106,15 +118,16 @@ def attention_entropy(subject: Subject, ids: Tensor, tick: Tick | None = None) -
     """
     count = min(SEQUENCES, len(ids))
     chosen = ids[[i * len(ids) // count for i in range(count)]]
-    layers = len(subject.model.blocks)  # type: ignore[arg-type]
+    blocks: Any = subject.model.blocks
     rows: list[Tensor] = []
     for sequence in chosen:  # one at a time: H·T² probabilities are the memory
-        with _Watch() as watch:
+        with _Watch(blocks) as watch:
             subject.model(sequence[None].to(subject.device))
-        if not watch.found or len(watch.found) % layers:
+        calls = [watch.layers.count(layer + 1) for layer in range(len(blocks))]
+        if not all(calls):
             raise RunError(
                 f"{subject.name} made {len(watch.found)} calls of scaled_dot_product_attention in "
-                f"{layers} layers; its attention cannot be looked into"
+                f"{len(blocks)} layers; its attention cannot be looked into"
             )
         rows.append(torch.stack([torch.cat([nats, share]) for nats, share in watch.found]).cpu())
         if tick is not None:
@@ -122,19 +135,20 @@ def attention_entropy(subject: Subject, ids: Tensor, tick: Tick | None = None) -
     values = torch.stack(rows).double()  # (N, calls, 2, H)
     mean = values.mean(0)
     error = values.std(0) / math.sqrt(count) if count > 1 else None
-    calls = values.shape[1] // layers
+    # a layer's rule may call its oracle several times, another layer's once
+    named = [(layer + 1, call + 1) for layer, n in enumerate(calls) for call in range(n)]
     return {
         "sequences": count,
         "length": ids.shape[1],
         "layers": [
             {
-                "layer": place // calls + 1,
-                "call": place % calls + 1,
+                "layer": layer,
+                "call": call,
                 "nats": mean[place, 0].tolist(),
                 "nats_se": None if error is None else error[place, 0].tolist(),
                 "relative": mean[place, 1].tolist(),
                 "relative_se": None if error is None else error[place, 1].tolist(),
             }
-            for place in range(values.shape[1])
+            for place, (layer, call) in enumerate(named)
         ],
     }

@@ -184,7 +184,7 @@ def _owners(parts: tuple[Part, ...], config: ModelConfig) -> list[dict[str, Part
                 f"rule: {_said(part)}: layers run from 1 to {config.num_layers} in this model; "
                 "use a range within them"
             )
-        if part.substep is not None and part.substep not in substeps:
+        if part.substep is not None and (part.substep == "layer" or part.substep not in substeps):
             raise ConfigError(
                 f"rule: {_said(part)}: with splitting='simultaneous' a layer is one step, and "
                 "there is no place attention or mlp; use layers only, such as @1-6"

@@ -6,6 +6,7 @@ is the same run only while they are the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from polyak.errors import ConfigError, RunError
 from polyak.files import sha256_of
 from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import portable_values
+from polyak.nn.rule_places import brackets_of, parts_of, text_of
 from polyak.nn.transformer import Transformer
 from polyak.training.runs.folder import read_model_config, read_weights
 
@@ -94,8 +96,16 @@ def _same_architecture(there: ModelConfig, now: ModelConfig, folder: str | Path)
             )
 
 
+def _without_frozen(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "frozen"}
+
+
 def _flat(config: ModelConfig) -> dict[str, Any]:
     values = portable_values(config)
     tables = {name: values.pop(name) for name in ("rule_options", "attention_options")}
     options = {f"{of}.{name}": v for of, table in tables.items() for name, v in table.items()}
+    values["rule"] = text_of(
+        dataclasses.replace(part, brackets=brackets_of(_without_frozen(part.options)))
+        for part in parts_of(values["rule"])
+    )
     return values | options
