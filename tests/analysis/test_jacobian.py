@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -374,6 +375,52 @@ def test_a_post_norm_block_loses_what_the_norm_of_x_loses(
         close(
             spectrum(maps.oracle).sigma_max.value, torch.linalg.svdvals(reference(maps.oracle))[0]
         )
+
+
+MATRIX: list[tuple[str, str, dict[str, Any]]] = [
+    ("gradient_descent", "linear", {}),
+    ("triple_momentum", "momentum", {"mu": 0.6, "gamma": 0.8}),
+    ("gradient_descent", "linear", {"normalize": False, "scale": "head_dim"}),
+    ("gradient_descent", "momentum", {"form": "released", "scale": "head_dim", "eps": 0.1}),
+    ("gradient_descent", "momentum", {"weighted_normalizer": True, "mu_learned": "head"}),
+    ("triple_momentum", "momentum", {"mu_learned": "model", "feature_map": "softplus"}),
+    ("gradient_descent", "adaptive_momentum", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "options"),
+    [MATRIX[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX[1:])],
+    ids=str,
+)
+def test_blocks_whose_attention_has_a_state_are_those_of_a_dense_svd(
+    rule: str, kind: str, options: dict[str, Any], tiny_model: Build
+) -> None:
+    """In pieces where the kind has a closed form; else by products, with a bound at the bottom."""
+    fields = {"num_kv_heads": 1, "positions": "rope", "num_layers": 1}
+    model = tiny_model(rule, attention=kind, attention_options=options, **fields)
+    closed = kind != "adaptive_momentum"
+    for maps in block_maps(model, ids(model)):
+        for one in parts(maps):
+            jacobian = reference(one)
+            inner = between(jacobian, one.restricted.enter, one.restricted.leave)
+            values, kept = torch.linalg.svdvals(jacobian), torch.linalg.svdvals(inner)
+            torch.testing.assert_close(one.whole.dense(), jacobian, rtol=1e-8, atol=1e-8)
+            if isinstance(one.whole, Chain):
+                unit = torch.eye(len(jacobian), dtype=torch.float64).unflatten(0, (TOKENS, -1))
+                back = one.whole.transposed(unit).flatten(0, 1)
+                torch.testing.assert_close(back, jacobian.T, rtol=1e-8, atol=1e-8)
+            exact, found = spectrum(one), spectrum(one, ITERATIVE)
+            assert found.method == ("pieces" if closed else "matrix-free")
+            close(found.sigma_max.value, values[0])
+            close(exact.sigma_min.value, kept[-1], 1e-6 if kept[-1] > 1e-9 * kept[0] else 1.0)
+            if found.sigma_min.kind == "value":
+                close(found.sigma_min.value, kept[-1])
+            else:
+                assert found.sigma_min.high is not None
+                assert found.sigma_min.high >= kept[-1] * (1 - 1e-9)
+        frozen = spectrum(maps.frozen, ITERATIVE)
+        assert (frozen.sigma_min.kind == "value") == closed
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama"])

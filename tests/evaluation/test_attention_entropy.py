@@ -155,3 +155,9 @@ def test_many_sequences_are_thinned_evenly_and_a_model_without_attention_is_refu
         block.attention.forward = lambda x: x
     with pytest.raises(RunError, match="made 0 calls of scaled_dot_product_attention"):
         attention_entropy(subject_of(model), torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_entropy_says_where_it_does_not_apply(tiny_model: Build) -> None:
+    model = tiny_model("gradient_descent", attention="momentum")
+    with pytest.raises(RunError, match="does not apply: attention=momentum reads a state"):
+        attention_entropy(subject_of(model), torch.zeros(1, 4, dtype=torch.int64))

@@ -116,8 +116,8 @@ def _drops(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    rate = getattr(module, "dropout", 0.0)
-    return isinstance(rate, float) and rate > 0
+    rates = (getattr(module, name, 0.0) for name in ("dropout", "activation_dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 class FlatView:

@@ -152,8 +152,9 @@ def _times(piece: Piece, z: Tensor) -> Tensor:
         return y
     a = piece.attention
     dk, dv = _parts(a, a.into @ z)  # (H, m, T, D), (H, m, T, V)
-    moved = a.weights[:, None] * (a.q[:, None] @ dk.transpose(-2, -1))
-    do = moved @ a.v[:, None] - moved.sum(-1, keepdim=True) * a.o[:, None]
+    scores = a.q[:, None] @ dk.transpose(-2, -1)
+    do = (a.of_values[:, None] * scores) @ a.v[:, None]
+    do = do - (a.of_outputs[:, None] * scores).sum(-1, keepdim=True) * a.o[:, None]
     do = do + a.weights[:, None] @ dv
     return y + a.out_of @ do.permute(2, 0, 3, 1).flatten(1, 2)
 
@@ -165,8 +166,9 @@ def _transposed(piece: Piece, u: Tensor) -> Tensor:
         return z
     a = piece.attention
     do = (a.out_of.transpose(1, 2) @ u).unflatten(1, (a.v.shape[0], -1)).permute(1, 3, 0, 2)  # type: ignore[no-untyped-call]
-    along = do @ a.v[:, None].transpose(-2, -1) - (do * a.o[:, None]).sum(-1, keepdim=True)
-    dk = (a.weights[:, None] * along).transpose(-2, -1) @ a.q[:, None]
+    along = a.of_values[:, None] * (do @ a.v[:, None].transpose(-2, -1))
+    along = along - a.of_outputs[:, None] * (do * a.o[:, None]).sum(-1, keepdim=True)
+    dk = along.transpose(-2, -1) @ a.q[:, None]
     dv = a.weights[:, None].transpose(-2, -1) @ do
     both = [part.permute(2, 0, 3, 1).flatten(1, 2) for part in (dk, dv)]
     return z + a.into.transpose(1, 2) @ torch.cat(both, dim=1)
@@ -198,10 +200,10 @@ class _Seen:
         """Token i's do from tokens before it, (H·V, m)."""
         a = self.attention
         assert a is not None
-        weights = a.weights[:, i, :i]
-        moved = (self.dk[:, :, :i] @ a.q[:, None, i, :, None]).squeeze(-1) * weights[:, None]
-        do = moved @ a.v[:, :i] - moved.sum(-1, keepdim=True) * a.o[:, None, i]
-        do = do + (weights[:, None, None] @ self.dv[:, :, :i]).squeeze(-2)
+        scores = (self.dk[:, :, :i] @ a.q[:, None, i, :, None]).squeeze(-1)
+        do = (scores * a.of_values[:, None, i, :i]) @ a.v[:, :i]
+        do = do - (scores * a.of_outputs[:, None, i, :i]).sum(-1, keepdim=True) * a.o[:, None, i]
+        do = do + (a.weights[:, None, None, i, :i] @ self.dv[:, :, :i]).squeeze(-2)
         return do.transpose(1, 2).flatten(0, 1)
 
     def keep(self, i: int, state: Tensor) -> None:
@@ -238,6 +240,8 @@ class _Asked:
             return
         do = (a.out_of[i].T @ state).unflatten(0, (a.v.shape[0], -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
         weights = a.weights[:, None, i, :i]  # (H, 1, i)
-        along = do @ a.v[:, :i].transpose(1, 2) - (do * a.o[:, None, i]).sum(-1, keepdim=True)
+        along = a.of_values[:, None, i, :i] * (do @ a.v[:, :i].transpose(1, 2))
+        sums = (do * a.o[:, None, i]).sum(-1, keepdim=True)
+        along = along - a.of_outputs[:, None, i, :i] * sums
         self.dv[:, :, :i] += weights[..., None] * do[:, :, None]
-        self.dk[:, :, :i] += (weights * along)[..., None] * a.q[:, None, None, i]
+        self.dk[:, :, :i] += along[..., None] * a.q[:, None, None, i]

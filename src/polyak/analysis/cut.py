@@ -1,6 +1,6 @@
 r"""A block's derivative in pieces: what happens inside a token, and what attention passes on.
 
-Everything in a block but softmax attention works on each token by itself. Cut at its calls of
+Everything in a block but attention works on each token by itself. Cut at its calls of
 `scaled_dot_product_attention`, a block z ↦ F(z), z (T, c), is
 
     (q, k, v) = C(z)  →  o = softmax(scale·q kᵀ) v  →  F = B(z, o),
@@ -9,6 +9,9 @@ with C and B per token. Their derivatives are one small matrix per token, found 
 all tokens at once, and attention's derivative is known in closed form:
 
     do_i = Σ_{j≤i} A_ij [dv_j + scale·(v_j − o_i)(dq_i·k_j + q_i·dk_j)].
+
+Linear and momentum attention are cut at their calls in the same way, after the feature map: there
+v_j, o_i and dv_j have different weights (`matrix_attention`).
 
 Of a block that calls attention several times, every call but the last passes its output on
 beside z, so each piece below holds one call.
@@ -27,6 +30,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
+from polyak.analysis.matrix_attention import mapped, read, shares
 from polyak.errors import ConfigError
 
 CHUNK = 64
@@ -35,12 +39,16 @@ CHUNK = 64
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """How one softmax attention passes changes of earlier tokens on.
+    """How one call of attention passes changes of earlier tokens on.
+
+    do_i = Σ_{j<i} [A_ij dv_j + (G_ij v_j − C_ij o_i)(q_i·dk_j)]; of softmax, A = G = C.
 
     Attributes:
         into: d(k, v)/dz of every token, (T, H·D + H·V, c_in).
         out_of: d(block's output)/do of every token, (T, c_out, H·V).
         weights: A below its diagonal, (H, T, T).
+        of_values: G, likewise.
+        of_outputs: C, likewise.
         q: queries (H, T, D), times scale.
         v: values (H, T, V).
         o: outputs (H, T, V).
@@ -49,6 +57,8 @@ class Attention:
     into: Tensor
     out_of: Tensor
     weights: Tensor
+    of_values: Tensor
+    of_outputs: Tensor
     q: Tensor
     v: Tensor
     o: Tensor
@@ -69,10 +79,10 @@ class Piece:
     @property
     def bytes(self) -> int:
         """Memory it holds."""
-        tensors = [self.diagonal]
+        tensors = {id(self.diagonal): self.diagonal}
         if self.attention is not None:
-            tensors += list(vars(self.attention).values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+            tensors |= {id(t): t for t in vars(self.attention).values()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def cut(function: Callable[[Tensor], Tensor], z: Tensor) -> list[Piece]:
@@ -80,7 +90,7 @@ def cut(function: Callable[[Tensor], Tensor], z: Tensor) -> list[Piece]:
 
     Args:
         function: (T, c) → (T, c'); tokens may see each other only in
-            `scaled_dot_product_attention`.
+            `scaled_dot_product_attention` and `matrix_attention.read`.
         z: where to differentiate, (T, c).
 
     Raises:
@@ -91,18 +101,20 @@ def cut(function: Callable[[Tensor], Tensor], z: Tensor) -> list[Piece]:
         with calls:
             out = function(z)
         found = [_closed_form(*call) for call in calls.found]
-        jacobian, rows = _per_token(function, z, [o for *_, o in found], out.shape[1])
+        jacobian, rows = _per_token(function, z, [call.o for call in found], out.shape[1])
         return _pieces(found, jacobian, rows, z.shape[1])
 
 
 class _Recorder(TorchFunctionMode):
-    """Computes attention by its equation, and keeps (q, k, v, A, scale, o) of every call."""
+    """Computes attention by its equation, and keeps (q, k, v, (A, G, C), scale, o) of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[Any, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is read:
+            return self._read(*args)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v, mask, causal, scale = _arguments(*args, **(kwargs or {}))
@@ -121,7 +133,13 @@ class _Recorder(TorchFunctionMode):
                 "a block's attention sees later positions, and a Jacobian spectrum is for causal "
                 "models: no later position may change an earlier one"
             )
-        self.found.append((q[0], k[0], v[0], weights[0], scale, o[0]))
+        self.found.append((q[0], k[0], v[0], (weights[0],) * 3, scale, o[0]))
+        return o
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, module: Any, context: Any) -> Tensor:
+        o = read(q, k, v, module, context)
+        q, k, v = mapped(q, k, v, module)
+        self.found.append((q[0], k[0], v[0], shares(q[0], k[0], module, context), 1.0, o[0]))
         return o
 
 
@@ -134,9 +152,12 @@ class _Player(TorchFunctionMode):
         self.asked: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func is read:
+            q, k, v = mapped(*args[:4])
+        elif func is F.scaled_dot_product_attention:
+            q, k, v, *_ = _arguments(*args, **(kwargs or {}))
+        else:
             return func(*args, **(kwargs or {}))
-        q, k, v, *_ = _arguments(*args, **(kwargs or {}))
         self.asked.append(torch.cat([_by_token(part[0]) for part in (q, k, v)], dim=-1))
         o = self.outputs[len(self.asked) - 1]
         return o.unflatten(-1, (q.shape[1], -1)).transpose(0, 1)[None]  # type: ignore[no-untyped-call]
@@ -168,20 +189,34 @@ def _by_token(heads: Tensor) -> Tensor:
     return heads.transpose(0, 1).flatten(1)
 
 
-def _closed_form(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, o: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of one call: scaled q, v, A below the diagonal, do_i/d(q_i, k_i, v_i), and o by token.
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call: scaled q, v, A, G and C below the diagonal, do_i/d(q_i, k_i, v_i), o by token.
 
     The derivative within a token is (T, H·V, H·(D + D + V)), block diagonal over heads.
     """
+
+    q: Tensor
+    v: Tensor
+    below: tuple[Tensor, Tensor, Tensor]
+    within: Tensor
+    o: Tensor
+
+
+def _closed_form(
+    q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, ...], scale: float, o: Tensor
+) -> _Call:
     heads, tokens, width = q.shape
-    own = weights.diagonal(dim1=-2, dim2=-1)[..., None, None]  # (H, T, 1, 1)
-    # Σ_j A_ij (v_j − o_i) k_jᵀ, for all i
+    a, of_values, of_outputs = weights
+    own, own_value, own_output = (
+        w.diagonal(dim1=-2, dim2=-1)[..., None, None] for w in weights
+    )  # (H, T, 1, 1)
+    # Σ_j (G_ij v_j − C_ij o_i) k_jᵀ, for all i
     pairs = torch.einsum("htv,htd->htvd", v, k)
-    by_q = torch.einsum("hij,hjvd->hivd", weights, pairs)
-    by_q = by_q - torch.einsum("htv,htd->htvd", o, weights @ k)
-    by_k = own * torch.einsum("htv,htd->htvd", v - o, q)
+    by_q = torch.einsum("hij,hjvd->hivd", of_values, pairs)
+    by_q = by_q - torch.einsum("htv,htd->htvd", o, of_outputs @ k)
+    change = own_value[..., 0] * v - own_output[..., 0] * o
+    by_k = torch.einsum("htv,htd->htvd", change, q)
     identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
     by_v = own * identity
     within = torch.zeros(
@@ -193,7 +228,11 @@ def _closed_form(
     # columns in the order in which q, k and v are kept: (q of all heads, k, v)
     parts_of = torch.split(within, [width, width, v.shape[-1]], dim=3)
     columns = [part.transpose(3, 4).flatten(3).flatten(1, 2) for part in parts_of]
-    return scale * q, v, weights.tril(-1), torch.cat(columns, dim=-1), _by_token(o)
+    lower = a.tril(-1)  # kept once where they are one
+    values = lower if of_values is a else of_values.tril(-1)
+    outputs = lower if of_outputs is a else of_outputs.tril(-1)
+    within = torch.cat(columns, dim=-1)
+    return _Call(scale * q, v, (lower, values, outputs), within, _by_token(o))
 
 
 def _per_token(
@@ -229,13 +268,14 @@ def _per_token(
 
 
 def _pieces(
-    calls: Sequence[tuple[Tensor, ...]], jacobian: Tensor, rows: Sequence[int], width: int
+    calls: Sequence[_Call], jacobian: Tensor, rows: Sequence[int], width: int
 ) -> list[Piece]:
     """The pieces of a map from the derivative within tokens; see `cut`."""
     if not calls:
         return [Piece(jacobian, None)]
     pieces, start = [], 0
-    for place, (q, v, weights, within, _) in enumerate(calls):
+    for place, call in enumerate(calls):
+        q, v, within = call.q, call.v, call.within
         asked = jacobian[:, start : start + rows[place], :width]
         start += rows[place]
         size = within.shape[1]
@@ -247,7 +287,8 @@ def _pieces(
         out_of = below[..., width:].contiguous()
         diagonal = below[..., :width] + out_of @ (within @ asked)
         into = asked[:, q.shape[0] * q.shape[2] :].contiguous()
-        o = calls[place][4].unflatten(-1, (q.shape[0], -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
-        pieces.append(Piece(diagonal, Attention(into, out_of, weights, q, v, o.contiguous())))
+        o = call.o.unflatten(-1, (q.shape[0], -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
+        passed = Attention(into, out_of, *call.below, q, v, o.contiguous())
+        pieces.append(Piece(diagonal, passed))
         width += size
     return pieces

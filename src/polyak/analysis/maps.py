@@ -21,9 +21,11 @@ from polyak.analysis._common import check_model, math_attention
 from polyak.analysis.chain import Chain
 from polyak.analysis.cut import Piece, cut
 from polyak.analysis.linear import Free, Linear
+from polyak.analysis.matrix_attention import show
 from polyak.analysis.states import States
 from polyak.analysis.zeros import Moved, Zeros, constant_zeros, norm_zeros, streams_moved
 from polyak.errors import ConfigError, DataError
+from polyak.nn.context import Context
 from polyak.nn.placement import step
 from polyak.nn.splitting import oracle_of
 from polyak.nn.transformer import Transformer
@@ -61,7 +63,7 @@ class Map:
         """The derivative in pieces, compared once with a derivative of the function itself.
 
         Raises:
-            ConfigError: they disagree, so tokens see each other outside softmax attention.
+            ConfigError: they disagree, so tokens see each other outside of attention.
         """
         pieces = cut(self.function, self.point)
         _compare(self.name, Chain(pieces), self.function, self.point)
@@ -154,6 +156,8 @@ def block_maps(
 ) -> list[BlockMaps]:
     """The maps of every block of a causal model on one sequence.
 
+    Where attention has a state without a closed form (`matrix_attention`), maps are products only.
+
     Args:
         model: a `Transformer`, or a Hugging Face causal language model that attends through
             `scaled_dot_product_attention`; in eval mode. It is copied, not changed.
@@ -175,6 +179,8 @@ def block_maps(
     model = copy.deepcopy(model).to(dtype).requires_grad_(False)
     with torch.no_grad():
         found: Any = _blocks if isinstance(model, Transformer) else _plain_blocks
+        if isinstance(model, Transformer) and not show(model):
+            most_bytes = 0  # no pieces
         blocks = list(found(model, ids))
     for maps in blocks:
         for one in (maps.frozen, maps.full, maps.oracle):
@@ -186,12 +192,13 @@ def _blocks(model: Transformer, ids: Tensor) -> Iterator[BlockMaps]:
     x, state = model.start(ids)
     states = States(x, state)
     before: BlockMaps | None = None
+    context = model.context(ids) if len(model.attention_scalars) else None
     for index, block in enumerate(model.blocks):
         z = states.pack(x, state)
-        maps = _block(block, states, z, x, state, index, before)
+        maps = _block(block, states, z, x, state, index, before, context)
         yield maps
         before = maps
-        x, state = block(x, state)
+        x, state = block(x, state, context)
         for name, matrix in states.matrices.items():
             value = getattr(state, name)
             if matrix and not torch.allclose(value, value.transpose(-2, -1)):
@@ -214,25 +221,26 @@ def _block(
     state: Any,
     index: int,
     before: BlockMaps | None,
+    context: Context | None,
 ) -> BlockMaps:
     """`before` is the full map of the block before; the first block's streams start anywhere."""
 
     def frozen(own: Tensor) -> Tensor:
-        moved: Tensor = block(own[None], state)[0][0]
+        moved: Tensor = block(own[None], state, context)[0][0]
         return moved
 
     def full(own: Tensor) -> Tensor:
-        return states.pack(*block(*states.unpack(own)))
+        return states.pack(*block(*states.unpack(own), context))
 
     def oracle(own: Tensor) -> Tensor:
         y = own[None]
-        attended = block.attention(y)
+        attended = block.attention(y, context)
         y = y + attended
         found: Tensor = (attended + block.mlp(block.attention.norm(y) if post else y))[0]
         return found
 
     name, post = f"block {index}", block.post_norm
-    moved, after = block(x, state)
+    moved, after = block(x, state, context)
     # which rule moved a stream last; none, where it passes through unchanged
     movers = {s.name: rule for rule in block.rules.values() for s in rule.streams}
     point = _lookahead(block, x, state)

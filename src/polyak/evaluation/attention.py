@@ -114,8 +114,15 @@ def attention_entropy(subject: Subject, ids: Tensor, tick: Tick | None = None) -
         `nats`, `nats_se`, `relative` and `relative_se`; standard errors are over sequences.
 
     Raises:
-        RunError: the model never calls `scaled_dot_product_attention`.
+        RunError: there are no probabilities: attention reads a state, or the model never calls
+            `scaled_dot_product_attention`.
     """
+    kind = getattr(subject.model.config, "attention", "softmax")
+    if getattr(subject.model, "recurrent", False):
+        raise RunError(
+            f"{subject.name}: the entropy of attention does not apply: attention={kind} reads a "
+            "state, and has no probabilities of keys"
+        )
     count = min(SEQUENCES, len(ids))
     chosen = ids[[i * len(ids) // count for i in range(count)]]
     blocks: Any = subject.model.blocks

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyak.errors import RunError
 from polyak.evaluation.attention import SEQUENCES, attention_entropy
 from polyak.evaluation.config import EvaluateConfig, corpora_of
 from polyak.evaluation.losses import (
@@ -99,7 +100,10 @@ class _Evaluation:
                 self._save()
         if self.config.attention_entropy:
             for subject, row in zip(self.subjects, self.results["runs"], strict=True):
-                row["attention"] = self._entropy(subject)
+                try:
+                    row["attention"] = self._entropy(subject)
+                except RunError as error:  # the losses are there, and other runs may have one
+                    row["attention_note"] = str(error)
                 self._save()
         self.results["status"] = "complete"
         self.results["warnings"] = _warnings(self.results)
@@ -172,8 +176,8 @@ def about(subject: Subject) -> dict[str, Any]:
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing rows."""
-    said = []
     runs = results["runs"]
+    said = [f"{run['attention_note']}." for run in runs if run.get("attention_note")]
     for place, first in enumerate(runs[0]["corpora"]):
         other = [
             run["name"]
