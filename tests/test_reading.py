@@ -136,9 +136,7 @@ def test_control_characters_are_written_out() -> None:
 def test_tables_and_lines_give_a_terminal_no_foreign_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    console = Console(
-        force_terminal=True, color_system="truecolor", markup=False, highlight=False, width=80
-    )
+    console = Console(force_terminal=True, color_system="truecolor", highlight=False, width=80)
     shown = Table("\x1b]0;title\x07", title="t\x9b2J")
     shown.add_row("a\x1b[31mb")
     console.print(shown)

@@ -10,9 +10,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST_LINE = 1500
+"""Characters of an error's text; of a longer one the beginning and the end are kept."""
+
 
 class PolyakError(Exception):
-    """Base of every error a user can cause and fix."""
+    """Base of every error a user can cause and fix: one line, whatever a file or library said."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(_one_line(part) if isinstance(part, str) else part for part in parts))
 
 
 class ConfigError(PolyakError, ValueError):
@@ -60,6 +66,16 @@ class StoppedError(PolyakError):
 
 class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
+
+
+_BREAKS = re.compile("[ \t]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029][ \t\n\r]*")
+
+
+def _one_line(text: str) -> str:
+    text = _BREAKS.sub(" ", text.strip())
+    if len(text) <= LONGEST_LINE:
+        return text
+    return f"{text[: LONGEST_LINE - 300]} … {text[-297:]}"
 
 
 _UNSEEN = re.compile(

@@ -183,6 +183,12 @@ def sha256_of(source: Path | bytes) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def sha256_of_json(value: Any) -> str:
+    """The SHA-256 of a value as JSON has it: the same before it is written and once it is read."""
+    as_read = json.loads(json.dumps(value))
+    return sha256_of(json.dumps(as_read, sort_keys=True).encode())
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename survives a power cut (no-op on Windows)."""
     if os.name == "nt":  # Windows cannot open folders, and its renames need no such flush

@@ -12,7 +12,7 @@ import io
 import os
 import sys
 
-from polyak.errors import UnwritableError
+from polyak.errors import UnwritableError, plain
 
 
 class ReaderGoneError(Exception):
@@ -63,6 +63,21 @@ class Lasting(io.RawIOBase):
     def isatty(self) -> bool:
         """Whether it is a terminal."""
         return os.isatty(self.descriptor)
+
+
+def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
+    """Print a text: as it is into a file or pipe, and to a terminal without control characters."""
+    print(plain(text, "\n\t") if sys.stdout.isatty() else text, end=end, flush=flush)
+
+
+def say(line: str) -> None:
+    """`show` for what is one line, whatever the names in it hold."""
+    print(plain(line) if sys.stdout.isatty() else line)
+
+
+def tell(text: str = "") -> None:
+    """Print a line on standard error, without control characters wherever that leads."""
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def outlast(*, lasting: bool = True) -> None:

@@ -40,7 +40,7 @@ class StopSignals:
     since Python handles signals in the main thread only.
 
     Attributes:
-        requested: the name of the first signal that came; None before.
+        requested: the name of the first signal that came, or of whoever asked; None before.
     """
 
     names: tuple[str, ...] = (*_MEANT, *_ONCE)
@@ -70,6 +70,14 @@ class StopSignals:
         name = signal.Signals(number).name
         if name in _MEANT:
             self._restore(_MEANT)
+        self.ask(name)
+
+    def ask(self, name: str) -> None:
+        """Ask for a stop as a signal would; from any thread.
+
+        Args:
+            name: who asks, for the message.
+        """
         if self.requested is None:
             self.requested = name
             self.asked(name)

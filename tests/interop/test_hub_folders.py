@@ -250,7 +250,7 @@ def test_damaged_folders_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     first = next(iter(content["weight_map"]))
     content["weight_map"][first] = "../elsewhere.safetensors"
     index.write_text(json.dumps(content))
-    assert "not in its folder" in refused()
+    assert "must be the name of a file in this folder" in refused()
     index.unlink()
     assert "holds no weights" in refused()
     with pytest.raises(RunError, match="holds no weights"):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from polyak.checks import check_number, check_whole
 from polyak.errors import unknown
+from polyak.training.config.corpus import CorpusConfig
 
 Scaling = Literal["elements", "filters", "tensors", "none"]
 Precision = Literal["float32", "float64"]
@@ -15,15 +16,13 @@ DEFAULT_RHO = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SharpnessConfig:
+class SharpnessConfig(CorpusConfig):
     """What is measured, on which tokens, how precisely.
 
     Raises:
         ConfigError: a field cannot work; the message names it, its value and the fix.
     """
 
-    corpus: str | None = None
-    """A corpus's name, a path to text, or a folder of `polyak prepare`; default: each run's own."""
     tokens: int = 2048
     """Validation tokens that define the loss, in evenly spaced blocks of the model's context."""
     top_k: int = 5
@@ -61,6 +60,7 @@ class SharpnessConfig:
     """Folder for results.json and report.html; a second start there goes on."""
 
     def __post_init__(self) -> None:
+        self.check_corpus()
         for name, least in (
             *(("tokens", 1), ("top_k", 1), ("max_products", 1), ("max_probes", 8)),
             *(("density_probes", 0), ("density_steps", 1), ("seed", 0)),

@@ -8,21 +8,20 @@ from typing import Literal
 
 from polyak.checks import check_number, check_whole
 from polyak.errors import ConfigError
+from polyak.training.config.corpus import CorpusConfig
 
 PARTS = ("a", "b", "c", "d")
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpectrumConfig:
+class SpectrumConfig(CorpusConfig):
     """Which maps are looked at, on which tokens, how precisely.
 
     Raises:
         ConfigError: a field cannot work; the message names it, its value and the fix.
     """
 
-    corpus: str | None = None
-    """A corpus's name, a path to text, or a folder of `polyak prepare`; default: each run's own."""
     length: int | None = None
     """Tokens of a sequence; default: the model's context."""
     sequences: int = 1
@@ -52,6 +51,7 @@ class SpectrumConfig:
     """Folder for results.json and report.html; a second start there goes on."""
 
     def __post_init__(self) -> None:
+        self.check_corpus()
         for name, least in (
             *(("sequences", 1), ("max_products", 10), ("probes", 1), ("steps", 4), ("seed", 0)),
         ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,14 +12,15 @@ from polyak.errors import plain
 
 
 class Console(console.Console):
-    """rich's, whose texts and tables have control characters written out."""
+    """rich's, whose texts and tables have control characters written out, and no markup.
+
+    Square brackets are part of entries' names, and of what a file says.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """The segments of anything that can be printed; styles are rich's own and stay."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text, "\n"))
-
-
-def show(text: str, *, end: str = "\n", flush: bool = False) -> None:
-    """Print a text: as it is into a file or pipe, and to a terminal without control characters."""
-    print(plain(text, "\n\t") if sys.stdout.isatty() else text, end=end, flush=flush)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
 
+from polyak.output import tell
+
 Config = TypeVar("Config")
 COLOR = r"\x1b\[[0-9;]*m"
 
@@ -33,7 +35,7 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
     import tyro
 
     if (twice := _given_twice(kind, words)) is not None:
-        print(f"polyak {command}: {twice} is given twice; leave one out", file=sys.stderr)
+        tell(f"polyak {command}: {twice} is given twice; leave one out")
         raise SystemExit(2)
     errors = io.StringIO()
     columns = os.environ.get("COLUMNS")
@@ -62,7 +64,7 @@ def parse(kind: type[Config], command: str, words: Sequence[str], description: s
         return kind(**{name: getattr(read, name) for name in names})
     except SystemExit as stop:
         if stop.code not in (0, None):
-            print(f"polyak {command}: {_one_line(errors.getvalue())}", file=sys.stderr)
+            tell(f"polyak {command}: {_one_line(errors.getvalue())}")
         raise
     finally:
         os.environ.pop("COLUMNS", None)

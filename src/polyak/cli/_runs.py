@@ -54,7 +54,7 @@ def look(
     from polyak.cli._console import Console
 
     line = shlex.join(["polyak", *command.split(), *words])
-    console = Console(markup=False, highlight=False)
+    console = Console(highlight=False)
     with Bar(console) as bar:
         results = measure(line, bar, console)
     console.print(tables(results), width=80)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polyak.cli._bars import Bar
 from polyak.cli._options import parse
 from polyak.compare.config import CompareConfig
+from polyak.output import tell
 from polyak.words import duration
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> int:
     from polyak.compare.run import compare
     from polyak.compare.table import print_table
 
-    console = Console(markup=False)  # square brackets are part of entries' names
+    console = Console()
     display = TerminalDisplay(console)
     try:
         results = compare(
@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> int:
     console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
     failed = [run for run in results["runs"] if run["status"] == "failed"]
     for run in failed:
-        print(f"polyak compare: {run['entry']} seed {run['seed']}: {run['error']}", file=sys.stderr)
+        tell(f"polyak compare: {run['entry']} seed {run['seed']}: {run['error']}")
     return 1 if failed else 0
 
 

@@ -92,7 +92,7 @@ def _downstream(config: EvaluateOptions, tasks: list[str], words: Sequence[str])
         batch_size=config.batch_size,
         device=config.device,
     )
-    console = Console(markup=False, highlight=False)
+    console = Console(highlight=False)
     console.print(downstream.table(results), width=80)
     console.print(f"Results: {config.out / 'results.json'}", soft_wrap=True)
     return 0

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from polyak.cli._options import parse
+from polyak.output import say
 
 DESCRIPTION = """Write a run's weights as a released checkpoint of arXiv:2605.24425, for the code
 that was published with it; polyak import reads it back bit for bit.
@@ -51,5 +52,5 @@ def main(words: Sequence[str]) -> int:
         val_loss=result.get("loss"),
         overwrite=config.overwrite,
     )
-    print(f"{config.file}: {model.placement.name}, {config.format} format")
+    say(f"{config.file}: {model.placement.name}, {config.format} format")
     return 0

@@ -14,11 +14,11 @@ import tyro
 
 from polyak import formats
 from polyak.checks import check_whole
-from polyak.cli._console import show
 from polyak.cli._options import parse
 from polyak.errors import ConfigError, DataError
 from polyak.evaluation.sampling_config import SamplingConfig
 from polyak.files import read_text
+from polyak.output import show, tell
 
 if TYPE_CHECKING:
     from polyak.evaluation.generation import Piece
@@ -100,7 +100,7 @@ def main(words: Sequence[str]) -> int:
     if config.out is not None:
         make_folder(config.out)  # before the work
     for note in notes(subject.model, subject.tokenizer, prompts, config):  # type: ignore[arg-type]
-        print(f"polyak generate: {note}", file=sys.stderr)
+        tell(f"polyak generate: {note}")
     rows = [(prompt, n) for prompt in range(len(prompts)) for n in range(config.num_samples)]
     began = time.perf_counter()
     found: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ def main(words: Sequence[str]) -> int:
     if config.out is not None:
         results = _results(config, subject, line, found, seconds)
         write_json(config.out / "results.json", results)
-        print(f"Results: {config.out / 'results.json'}", file=sys.stderr)
+        tell(f"Results: {config.out / 'results.json'}")
     return 0
 
 
@@ -172,14 +172,14 @@ class _Batch:
         try:
             yield from pieces
         except KeyboardInterrupt:
-            print(flush=True)  # what follows begins on a line of its own
+            show(flush=True)  # what follows begins on a line of its own
             raise
 
     def _begin(self) -> None:
         prompt, sample = self.rows[self.current]
         if self.total > 1:
             of = f", sample {sample + 1}" if self.config.num_samples > 1 else ""
-            print(f"── prompt {prompt + 1}{of} ──")
+            show(f"── prompt {prompt + 1}{of} ──")
         if self.config.echo:
             show(self.prompts[prompt], end="", flush=True)
 
@@ -192,7 +192,7 @@ class _Batch:
                 self.shown[self.current] += len(new)
             if ends[self.current] is None:
                 return
-            print(flush=True)
+            show(flush=True)
             self.current += 1
             if self.current < len(self.rows):
                 self._begin()

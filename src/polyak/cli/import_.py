@@ -11,6 +11,7 @@ import tyro
 
 from polyak.checks import check_whole
 from polyak.cli._options import parse
+from polyak.output import say
 
 DESCRIPTION = """Take in a model that was trained elsewhere as a run: a released checkpoint of
 arXiv:2605.24425 (a state dict, or one with step, val_loss and optimizer), or
@@ -74,16 +75,16 @@ def main(words: Sequence[str]) -> int:
     model = found.model.config
     count = sum(parameter.numel() for parameter in found.model.parameters())
     start = "" if model.stream_start is None else f"[stream_start={model.stream_start}]"
-    print(
+    say(
         f"{model.rule}{start}: {model.num_layers} layers, {model.num_heads} heads, "
         f"d_model {model.d_model}, context {model.context_length:,}, vocabulary "
         f"{model.vocab_size:,}; {count:,} parameters, all finite and used"
     )
     for note in found.notes:
-        print(f"Careful: {note}")
+        say(f"Careful: {note}")
     if loss is not None:
-        print(f"Validation loss {loss:.4f} nats/token on {config.corpus}")
+        say(f"Validation loss {loss:.4f} nats/token on {config.corpus}")
     elif found.loss is not None:
-        print(f"Validation loss {found.loss:.4f} as the file states it, not measured here")
-    print(f"Run: {config.out}")
+        say(f"Validation loss {found.loss:.4f} as the file states it, not measured here")
+    say(f"Run: {config.out}")
     return 0

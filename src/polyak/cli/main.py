@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextvars import copy_context
 
-from polyak.output import ReaderGoneError, outlast
+from polyak.output import ReaderGoneError, outlast, show, tell
 from polyak.signals import STOPPED, RaiseAtSignals, Stopped
 
 COMMANDS = {
@@ -68,18 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        show(usage())
         return 0 if words else 2
     if words[0] == "--version":
         from polyak.version import __version__
 
-        print(f"polyak {__version__}")
+        show(f"polyak {__version__}")
         return 0
     command = words.pop(0)
     if command not in COMMANDS:
         from polyak.errors import unknown
 
-        print(f"polyak: {unknown('command', command, COMMANDS)}", file=sys.stderr)
+        tell(f"polyak: {unknown('command', command, COMMANDS)}")
         return 2
     return _run(command, words, debug)
 
@@ -102,23 +102,25 @@ def _run(command: str, words: list[str], debug: bool) -> int:
             return code
     except Stopped as stop:
         more = "; the same command goes on with what is done" if command in GOES_ON else ""
-        print(f"\npolyak {command}: stopped by {stop.name}{more}", file=sys.stderr)
+        tell()
+        tell(f"polyak {command}: stopped by {stop.name}{more}")
         return STOPPED
     except KeyboardInterrupt:
-        print(f"\npolyak {command}: interrupted", file=sys.stderr)
+        tell()
+        tell(f"polyak {command}: interrupted")
         return 130
     except ReaderGoneError:  # the reader, `head` for example, has seen enough
         return 0
     except StoppedError as stop:
-        print(f"polyak {command}: {plain(str(stop))}", file=sys.stderr)
+        tell(f"polyak {command}: {stop}")
         return STOPPED
     except Exception as error:
         if debug:
             raise
         kind = "" if isinstance(error, PolyakError) else f"{type(error).__name__}: "
-        text = plain(" ".join(str(error).split())) or "no message"
+        text = " ".join(str(error).split()) or "no message"
         hint = "" if isinstance(error, PolyakError) else " (--debug shows where)"
-        print(f"polyak {command}: {kind}{text}{hint}", file=sys.stderr)
+        tell(f"polyak {command}: {kind}{text}{hint}")
         return 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from polyak.checks import check_whole
 from polyak.cli._options import parse
 from polyak.data.split import NEAR, SPLIT, check_split, said
 from polyak.errors import ConfigError
+from polyak.output import say, tell
 
 if TYPE_CHECKING:
     from polyak.data.prepare import Done, Prepared, Progress
@@ -132,19 +132,19 @@ def main(words: Sequence[str]) -> int:
 def _print(prepared: Prepared, note: str) -> None:
     manifest = prepared.manifest
     sides = [side for side in ("train", "validation", "test") if side in manifest]
-    print(f"corpus       {manifest['corpus']['name']}, {manifest['split']['rule']}")
+    say(f"corpus       {manifest['corpus']['name']}, {manifest['split']['rule']}")
     about = manifest["tokenizer"]
-    print(f"tokenizer    {about['name']}, {about['vocab_size']:,} tokens")
+    say(f"tokenizer    {about['name']}, {about['vocab_size']:,} tokens")
     for key, name in (("documents", "documents"), ("tokens", "tokens"), ("text_bytes", "bytes")):
         counts = ", ".join(f"{side} {manifest[side][key]:,}" for side in sides)
-        print(f"{name:<12} {counts}")
+        say(f"{name:<12} {counts}")
     if skipped := manifest["corpus"]["skipped"]:
-        print(f"left out     {', '.join(f'{count} {why}' for why, count in skipped.items())}")
+        say(f"left out     {', '.join(f'{count} {why}' for why, count in skipped.items())}")
     if shared := said(manifest["split"]):
-        print(f"held out     {shared}")
-    print(f"speed        {note}" if "MB/s" in note else f"state        {note}")
-    print(f"fingerprint  {prepared.fingerprint}")
-    print(f"folder       {prepared.folder}")
+        say(f"held out     {shared}")
+    say(f"speed        {note}" if "MB/s" in note else f"state        {note}")
+    say(f"fingerprint  {prepared.fingerprint}")
+    say(f"folder       {prepared.folder}")
 
 
 def _speed(done: Done, seconds: float) -> str:
@@ -182,7 +182,7 @@ def _watching() -> Iterator[tuple[Progress, list[Done]]]:
             seen[:] = [done]
             if time.monotonic() - shown >= _LINE_SECONDS:
                 shown = time.monotonic()
-                print(line(done), file=sys.stderr, flush=True)
+                tell(line(done))
 
         yield report, seen
 
@@ -190,7 +190,7 @@ def _watching() -> Iterator[tuple[Progress, list[Done]]]:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"polyak prepare: warning: {message}", file=sys.stderr)
+        tell(f"polyak prepare: warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

@@ -12,6 +12,7 @@ import tyro
 
 from polyak.cli._options import parse
 from polyak.errors import ConfigError
+from polyak.output import say
 
 DESCRIPTION = """Draw the curves of runs, finished or not, into one page that needs no
 network: losses, learning rates, gradient norm, speed, memory, learned
@@ -49,8 +50,8 @@ def main(words: Sequence[str]) -> int:
     from polyak.study.runs.page import report, sentence
 
     results = report(config.runs, config.out, command=shlex.join(["polyak", "report", *words]))
-    print(sentence(results))
+    say(sentence(results))
     for line in results["warnings"]:
-        print(f"Careful: {line}")
-    print(f"Report: {config.out / 'report.html'}")
+        say(f"Careful: {line}")
+    say(f"Report: {config.out / 'report.html'}")
     return 0

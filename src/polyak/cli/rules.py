@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.cli._options import parse
+from polyak.output import say, show
 
 if TYPE_CHECKING:
     from polyak.nn.config import ModelConfig
@@ -56,10 +57,10 @@ def main(words: Sequence[str]) -> int:
         return 0
     found = family(config)
     if config.format == "json":
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        show(json.dumps(found, indent=1, ensure_ascii=False))
         return 0
     if config.format == "markdown":
-        print(markdown(found))
+        show(markdown(found))
         return 0
     from rich.padding import Padding
     from rich.text import Text
@@ -108,7 +109,7 @@ def _check(config: RulesConfig, rule: str) -> None:
     entry = parse_entry(rule, _model(config))
     probe(entry.model)
     lengths = sorted({min(n, config.context_length) for n in (*LENGTHS, config.context_length)})
-    print(
+    say(
         f"{entry.name}: no leak at {', '.join(map(str, lengths))} tokens, in training and in "
         "evaluation mode"
     )

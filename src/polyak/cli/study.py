@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from polyak.cli._options import parse
 from polyak.cli._runs import RunPaths, check_named, look
 from polyak.errors import unknown
+from polyak.output import show, tell
 from polyak.study.landscape.config import LandscapeConfig
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def usage() -> str:
 def main(words: Sequence[str]) -> int:
     """Run the study that is named first."""
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        show(usage())
         return 0 if words else 2
     study, *rest = words
     if study not in STUDIES:
-        print(f"polyak study: {unknown('study', study, STUDIES)}", file=sys.stderr)
+        tell(f"polyak study: {unknown('study', study, STUDIES)}")
         return 2
     return _landscape(rest)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from polyak.cli._options import parse
+from polyak.output import tell
 from polyak.training.train_config import TrainOptions, resolve
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     config = resolve(options)
     from polyak.cli._console import Console
 
-    console = Console(markup=False, highlight=False)
+    console = Console(highlight=False)
     if options.dry_run:
         from polyak.cli._plan import print_plan
 
@@ -94,7 +94,7 @@ def _check_memory(config: RunConfig, processes: Processes) -> None:
     try:
         needed = estimate(config, processes=processes, cuda=cuda).memory
     except RuleError as error:
-        print(f"polyak train: {error}", file=sys.stderr)
+        tell(f"polyak train: {error}")
         return
     where = "the CUDA device" if cuda else "this machine"
     check_memory(needed, device_memory(cuda), where, 1 if cuda else processes.local)
@@ -147,7 +147,7 @@ class TrainDisplay:
 
             self._bar = Progress(
                 BarColumn(bar_width=16),
-                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.description}"),
                 console=self.console,
                 transient=True,
             )

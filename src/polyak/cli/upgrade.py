@@ -10,6 +10,8 @@ from typing import Annotated
 import tyro
 
 from polyak.cli._options import parse
+from polyak.output import say
+from polyak.training.config.corpus import CorpusConfig
 
 DESCRIPTION = """Turn a gradient_descent model into one of another rule, to go on training it
 with momentum (polyak train --init). heavy_ball, nesterov and triple_momentum
@@ -26,7 +28,7 @@ examples:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UpgradeConfig:
+class UpgradeConfig(CorpusConfig):
     """Which model, into what."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -35,14 +37,15 @@ class UpgradeConfig:
     """Folder for the upgraded run."""
     rule: str = "triple_momentum"
     """The new rule; brackets set its options and stream_start."""
-    corpus: str | None = None
-    """Text to fit and measure on. Default: the corpus that the run was trained on."""
     tokens: int = 8192
     """Training tokens to fit on, and validation tokens to measure on."""
     seed: int = 0
     """Seed of the tables that the rule's streams start from."""
     trust_code: bool = False
     """Run the code of a rule that comes with it; that of what was made here needs no word."""
+
+    def __post_init__(self) -> None:
+        self.check_corpus()
 
 
 def main(words: Sequence[str]) -> int:
@@ -58,25 +61,26 @@ def main(words: Sequence[str]) -> int:
         config.out,
         parse_rule(config.rule, "--rule"),
         corpus=config.corpus,
+        **config.reading,
         tokens=config.tokens,
         seed=config.seed,
     )
     if found["exact"]:
-        print("Exact: at step 0 the model computes what it did.")
+        say("Exact: at step 0 the model computes what it did.")
     else:
-        print(
+        say(
             f"Not exact: gains fitted on {found['fitted_on']['tokens']:,} tokens of "
             f"{found['fitted_on']['corpus']}; a substep misses its aim by "
             f"{found['mean_miss']:.1%} of its length on average."
         )
     if found["loss_before"] is not None:
         jump = found["loss_after"] - found["loss_before"]
-        print(
+        say(
             f"Validation loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after "
             f"({jump:+.4f}) on {found['measured_on']['tokens']:,} tokens of "
             f"{found['measured_on']['corpus']}."
         )
     else:
-        print("The run does not say which corpus it was trained on; --corpus measures the loss.")
-    print(f"Run: {config.out}; go on with: polyak train --init {config.out} --out FOLDER")
+        say("The run does not say which corpus it was trained on; --corpus measures the loss.")
+    say(f"Run: {config.out}; go on with: polyak train --init {config.out} --out FOLDER")
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -75,9 +75,12 @@ def run_jobs(
 def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
     """Tell runs to save and stop, and wait for that as long as a large checkpoint may take."""
     for process in processes:
-        # not SIGTERM where there is another: whoever stops us may have sent that to the whole
-        # group, and a second one ends a run at once
-        process.send_signal(getattr(signal, "SIGUSR1", signal.SIGTERM))
+        # by its standard input: whoever stops us may have sent a signal to the whole group, and a
+        # second one ends a run at once
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write("stop\n")
+            process.stdin.flush()
     end = time.monotonic() + PATIENCE
     for process in processes:
         try:
@@ -100,7 +103,7 @@ def _start(job: Job, messages: queue.Queue[tuple[Job, Message]]) -> subprocess.P
         with log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "polyak.compare.worker", str(spec)],
-                stdin=subprocess.PIPE,  # never written to: it ends when this process does
+                stdin=subprocess.PIPE,  # for the word to stop; it ends when this process does
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

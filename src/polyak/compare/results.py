@@ -10,6 +10,7 @@ from typing import Any
 from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan, corpus_summary
 from polyak.compare.pool import Job
+from polyak.errors import RunError
 from polyak.nn.cost import cost
 from polyak.nn.pieces import other_sources, portable_values, source_hash
 from polyak.nn.placement import placement_of
@@ -113,30 +114,54 @@ def _entry(
         "sweep": sweep,
         "scalars": mean_scalars(
             [
-                rows[-1]["scalars"]
+                scalars
                 for f in folders
-                if f.result() and (rows := f.metrics("validation"))
+                if f.result()
+                and (rows := f.metrics("validation"))
+                and (scalars := rows[-1].get("scalars"))
             ]
         ),
     }
 
 
-def mean_scalars(
-    last: Sequence[Mapping[str, Mapping[str, Sequence[float | None]]]],
-) -> dict[str, dict[str, list[float | None]]] | None:
-    """Mean over runs of the learned scalars by name, substep and depth; None for none."""
+Scalars = Mapping[str, Mapping[str, Sequence[float | None]]]
+
+
+def mean_scalars(last: Sequence[Scalars]) -> dict[str, dict[str, list[float | None]]] | None:
+    """Mean over runs of the learned scalars by name, substep and depth; None for none.
+
+    A scalar that was not finite in some run has no mean.
+
+    Raises:
+        RunError: the runs have other scalars, or of other depth: they are not of one model.
+    """
     if not last or not last[0]:
         return None
+    if any(_form(scalars) != _form(last[0]) for scalars in last):
+        raise RunError(
+            "metrics.jsonl of runs of one entry log different scalars; one of them was changed"
+        )
     return {
         name: {
             substep: [
-                None if None in values else statistics.fmean(values)
-                for values in zip(*(s[name][substep] for s in last), strict=True)
+                _mean(values) for values in zip(*(s[name][substep] for s in last), strict=True)
             ]
             for substep in last[0][name]
         }
         for name in last[0]
     }
+
+
+def _form(scalars: Scalars) -> dict[str, dict[str, int]]:
+    return {
+        name: {substep: len(values) for substep, values in substeps.items()}
+        for name, substeps in scalars.items()
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if len(there) == len(values) else None
 
 
 def _run(job: Job, error: str | None, running: bool, out: Path) -> dict[str, Any]:
@@ -151,7 +176,7 @@ def _run(job: Job, error: str | None, running: bool, out: Path) -> dict[str, Any
         "folder": str(job.folder.relative_to(out)),
         "seconds": result["seconds"] if result else None,
         "curve": {
-            key: [row[key] for row in rows]
+            key: [row.get(key) for row in rows]
             for key in ("step", "tokens", "flops", "seconds", "loss")
         },
     }

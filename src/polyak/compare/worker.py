@@ -3,8 +3,9 @@
 A process of its own gives every run a clean measurement of its peak memory, and a crash of one
 run leaves the others alone. Progress goes to what was standard output as JSON lines; the last
 line is {"result": …} or {"error": …}. Whatever else is printed, by a user's rule for example,
-goes to the run's log. Told to stop (SIGTERM, SIGUSR1), it saves a checkpoint first. It ends when
-the one that started it does.
+goes to the run's log. Told to stop, by a line on standard input or by SIGTERM, it saves a
+checkpoint first; other signals, which a terminal or scheduler sends to the whole group, are left
+to the parent. It ends when the one that started it does.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from polyak.output import outlast
-from polyak.signals import STOPPED, leave_to_parent
+from polyak.signals import STOPPED, StopSignals, leave_to_parent
 
 
 def main(spec_file: str) -> int:
     """Train the run that the spec describes; the exit code is 0, or 1 after an error."""
-    leave_to_parent(but=("SIGTERM", "SIGUSR1"))
+    leave_to_parent(but=("SIGTERM",))
     channel = _take_stdout()
     outlast()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with StopSignals() as stop:  # as long as this process lasts: there is no moment without it
+        threading.Thread(target=_heed_parent, args=(stop,), daemon=True).start()
+        return _train(spec_file, channel, stop)
 
+
+def _train(spec_file: str, channel: TextIO, stop: StopSignals) -> int:
     def emit(**message: Any) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
@@ -43,9 +48,11 @@ def main(spec_file: str) -> int:
     try:
         config = RunConfig.from_dict(spec["config"])
         folder = Path(spec["folder"])
-        emit(result=train(config, folder, progress=lambda at: emit(**at), signals=True))
-    except StoppedError as stop:  # by the parent, which is ending and listens no more
-        print(stop, file=sys.stderr)
+        if stop.requested is not None:  # while torch was imported: there is nothing to save
+            return STOPPED
+        emit(result=train(config, folder, progress=lambda at: emit(**at), signals=stop))
+    except StoppedError as error:  # by the parent, which is ending and listens no more
+        print(error, file=sys.stderr)
         return STOPPED
     except Exception as error:
         kind = "" if isinstance(error, PolyakError) else f"{type(error).__name__}: "
@@ -64,10 +71,13 @@ def _take_stdout() -> TextIO:
     return channel
 
 
-def _end_with_parent() -> None:
-    """Standard input ends when the parent does, however it ends; then nobody wants this run."""
+def _heed_parent(stop: StopSignals) -> None:
+    """A line from the parent asks for a stop.
+
+    Standard input ends when the parent does, however it ends; then nobody wants this run.
+    """
     while os.read(0, 4096):
-        pass
+        stop.ask("the end of the comparison")
     os._exit(1)
 
 

@@ -184,8 +184,8 @@ def _chat_template(folder: Path, described: dict[str, Any]) -> str | None:
         return read_text(file, error=DataError)
     found = described.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
+        named = [o for o in found if isinstance(o, dict) and o.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return found if isinstance(found, str) else None
 
 
@@ -204,7 +204,7 @@ def _form(content: dict[str, Any]) -> str:
     """`bytes`: tokens spelled in GPT-2's letters; `sentencepiece`: in text with ▁ for spaces."""
     decoder = content.get("decoder") or {}
     steps = [decoder, *(decoder.get("decoders") or ())]
-    kinds = {step.get("type") for step in steps}
+    kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:
         return "bytes"
     replaced = any(s.get("type") == "Replace" and s.get("content") == " " for s in steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 FIRST = 3
@@ -38,6 +38,28 @@ class LeftOut:
             reason: {"files": count, "first": self.first[reason]}
             for reason, count in self.counts.items()
         }
+
+
+def skipped_files(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What results say beside a `corpus`: `skipped_files`, where there are any."""
+    return {"skipped_files": dict(record)} if record else {}
+
+
+def lines(value: Any) -> list[str]:
+    """A sentence for every corpus in results, however deep, that does without some files."""
+    found: dict[str, None] = {}
+    for part in _with_skipped(value):
+        found[f"Left out of {part['corpus']}: {in_words(part['skipped_files'])}."] = None
+    return list(found)
+
+
+def _with_skipped(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        if value.get("skipped_files"):
+            yield value
+        value = list(value.values())
+    for inner in value if isinstance(value, list | tuple) else ():
+        yield from _with_skipped(inner)
 
 
 def in_words(record: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,7 +7,6 @@ have: a killed preparation goes on without decoding what it has done.
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Generator, Iterator
@@ -16,14 +15,14 @@ from typing import Any, NamedTuple
 
 from polyak.data.documents import Document, LongText
 from polyak.data.encodings import DEFAULT, decoding, holds_bytes
-from polyak.errors import DataError, MissingExtraError
+from polyak.data.parquet.rows import NoColumnError, rows
+from polyak.errors import DataError
 from polyak.files import each_once
 
 # Larger text files are never held in memory as a whole.
 LONG_FILE = 16 << 20
 # Records are held whole; a longer one is refused before it is.
 LONGEST_RECORD = 256 << 20
-_PARQUET_ROWS = 256
 LONG_NUMBER = 4300  # digits
 
 Read = Generator[Document, None, int]
@@ -135,35 +134,16 @@ def _read_json(file: File, text_field: str, skip: int, encoding: str) -> Read:
 
 
 def _read_parquet(file: File, text_field: str, skip: int, encoding: str) -> Read:
-    arrow, parquet = pyarrow(file.path)
     try:
-        with parquet.ParquetFile(
-            file.path, thrift_string_size_limit=LONGEST_RECORD, thrift_container_size_limit=1 << 20
-        ) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise _no_field(str(file.path), text_field, names)
-            number, groups = 0, list(range(table.num_row_groups))
-            while groups and skip >= table.metadata.row_group(groups[0]).num_rows:
-                rows = table.metadata.row_group(groups.pop(0)).num_rows
-                number, skip = number + rows, skip - rows
-            if not groups:
-                return skip
-            for batch in table.iter_batches(
-                batch_size=_PARQUET_ROWS, row_groups=groups, columns=[text_field]
-            ):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    if skip:
-                        skip -= 1
-                        continue
-                    where = f"{file.path}, row {number}"
-                    checked = text_of({text_field: text}, text_field, where)
-                    yield Document(f"{file.name}:{number}", checked)
-    except (arrow.ArrowException, OSError, ValueError, MemoryError) as problem:
-        why = " ".join(str(problem).split())[:200]
-        raise DataError(f"{file.path} is not a readable Parquet file: {why}") from problem
-    return skip
+        found = rows(file.path, text_field, skip, LONGEST_RECORD)
+        while True:
+            number, text = next(found)
+            where = f"{file.path}, row {number}"
+            yield Document(f"{file.name}:{number}", text_of({text_field: text}, text_field, where))
+    except NoColumnError as problem:
+        raise _no_field(str(file.path), text_field, problem.columns) from None
+    except StopIteration as end:
+        return int(end.value)
 
 
 def text_of(record: dict[str, Any], text_field: str, where: str) -> str:
@@ -190,16 +170,6 @@ def _no_field(where: str, text_field: str, present: list[str]) -> DataError:
         f"{where}: no field {text_field!r}; its fields are: {names}{', …' * (len(present) > 20)} "
         "(choose one with text_field)"
     )
-
-
-def pyarrow(path: Path) -> tuple[Any, Any]:
-    """`pyarrow` and `pyarrow.parquet`; `MissingExtraError` where they are not installed."""
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as problem:
-        raise MissingExtraError(
-            f"reading {path} needs pyarrow, which is not installed; pip install 'polyak[data]'"
-        ) from problem
 
 
 _READERS = {

@@ -17,7 +17,8 @@ from pathlib import Path
 from polyak.data.documents import Document, fingerprint_of
 from polyak.data.encodings import DEFAULT, check_encoding, decoding, holds_bytes
 from polyak.data.left_out import LeftOut, in_words
-from polyak.data.readers import LONGEST_RECORD, File, json_of, pyarrow, read
+from polyak.data.parquet.rows import pyarrow
+from polyak.data.readers import LONGEST_RECORD, File, json_of, read
 from polyak.errors import DataError
 from polyak.files import reason, sha256_of
 

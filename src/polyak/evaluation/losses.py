@@ -18,8 +18,8 @@ same kind; nothing about another training run (another seed).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyak.data.batches import ValidationBatches
+from polyak.data.left_out import skipped_files
 from polyak.data.shards import TokenFile
 from polyak.errors import ConfigError, DivergedError, RunError
 from polyak.evaluation.subjects import BATCH, Subject, corpus_name, corpus_of, side_of
@@ -53,6 +54,7 @@ class Losses:
         split: its side.
         fingerprint: SHA-256 of the blocks; equal ones hold the same tokens.
         stride: S; T for the plain form.
+        left_out: files that the corpus does without, by reason.
     """
 
     nats: Array
@@ -62,6 +64,7 @@ class Losses:
     split: str
     fingerprint: str
     stride: int
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ def token_losses(
         split=split,
         fingerprint=blocks.fingerprint,
         stride=stride,
+        left_out=prepared.left_out,
     )
 
 
@@ -264,6 +268,7 @@ def summary(losses: Losses) -> dict[str, Any]:
     perplexity = math.exp(loss) if loss < 700 else None
     return {
         "corpus": losses.corpus,
+        **skipped_files(losses.left_out),
         "split": losses.split,
         "fingerprint": losses.fingerprint,
         "stride": losses.stride,

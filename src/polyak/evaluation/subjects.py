@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class TokenSet:
         split: the side: `train`, `validation` or `test`.
         fingerprint: SHA-256 of the blocks, as a run's validation set has it.
         bytes: bytes of text that the targets stand for.
+        left_out: files that the corpus does without, by reason, see `Prepared.left_out`.
     """
 
     ids: Tensor
@@ -132,6 +133,7 @@ class TokenSet:
     split: str
     fingerprint: str
     bytes: int
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -183,6 +185,7 @@ def token_set(
         split=split,
         fingerprint=blocks.fingerprint,
         bytes=blocks.bytes,
+        left_out=prepared.left_out,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak.errors import PolyakError, RunError
+from polyak.errors import PolyakError, RunError, shown_value
 from polyak.files import read_json
 from polyak.interop.safe_pickle import load_pickle
 from polyak.interop.weights import (
@@ -31,6 +31,7 @@ from polyak.interop.weights import (
 from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import opened
 from polyak.nn.transformer import Transformer
+from polyak.reading import fields, file_name, mapping_of
 from polyak.training.runs.folder import read_weights
 from polyak.training.runs.model_files import MODEL_TYPE, check_weights
 
@@ -61,9 +62,11 @@ def load(folder: Path) -> tuple[Transformer, dict[str, Any]]:
         raise RunError(f"{folder} is a run of polyak already; use it as it is")
     described = read_json(folder / "config.json")
     kind = described.get("model_type") if isinstance(described, dict) else None
-    if kind not in _READERS:
-        known = ", ".join(_READERS)
-        raise RunError(f"{folder} holds a model of type {kind!r}; what can be imported: {known}")
+    if not isinstance(kind, str) or kind not in _READERS:
+        raise RunError(
+            f"{folder} holds a model of type {shown_value(kind)}; what can be imported: "
+            f"{', '.join(_READERS)}"
+        )
     read_config, repack = _READERS[kind]
     try:
         if kind == MODEL_TYPE:
@@ -113,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [file]
     return [
         file,
-        *(folder / shard for shard in sorted(set(read_json(file)["weight_map"].values()))),
+        *(folder / shard for shard in sorted(set(_places(file).values()))),
     ]
 
 
@@ -128,20 +131,24 @@ def _first(folder: Path) -> Path:
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise RunError(f"{index} is not an index of shards: it has no 'weight_map'")
+    places = _places(index)
     state: dict[str, Tensor] = {}
-    for shard in sorted(set(map(str, places.values()))):
-        if Path(shard).name != shard:  # an index may not point out of its folder
-            raise RunError(f"{index} names the shard {shard!r}, which is not in its folder")
+    for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
             raise RunError(f"{folder / shard} is missing, one of the shards in {index.name}")
         state |= _file(folder / shard)
     if missing := sorted(places.keys() - state.keys()):
         raise RunError(f"{index} promises weight {missing[0]!r}, which no shard holds")
     return state
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Weight → the shard that holds it, a file beside the index."""
+    content = fields(read_json(index), str(index), {"weight_map": mapping_of(file_name)})
+    if not content["weight_map"]:
+        raise RunError(f"{index} is not an index of shards: its 'weight_map' is empty")
+    places: dict[str, str] = content["weight_map"]
+    return places
 
 
 def _file(file: Path) -> dict[str, Tensor]:

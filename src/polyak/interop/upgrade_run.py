@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyak.data.left_out import skipped_files
 from polyak.errors import RunError
 from polyak.evaluation.subjects import TokenSet, load_subject, token_set
 from polyak.interop.made_runs import check_out, write_run
@@ -30,6 +31,8 @@ def upgrade_run(
     wanted: RuleText,
     *,
     corpus: str | None = None,
+    text_field: str = "text",
+    encoding: str = "utf-8",
     tokens: int = 8192,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def upgrade_run(
         out: the new run's folder.
         wanted: the rule with its options.
         corpus: text to fit and measure on; None: the run's own.
+        text_field: field with the text in JSONL, Parquet and hub records.
+        encoding: of text files and JSON.
         tokens: how much to fit on, and to measure on.
         seed: of new tables.
 
@@ -55,7 +60,8 @@ def upgrade_run(
     source = subject.model
     assert isinstance(source, Transformer)
     known = corpus is not None or subject.config is not None
-    measured = token_set(subject, corpus, tokens=tokens) if known else None
+    reading: dict[str, Any] = {"text_field": text_field, "encoding": encoding}
+    measured = token_set(subject, corpus, tokens=tokens, **reading) if known else None
     fitted: TokenSet | None = None
 
     def text() -> Tensor:
@@ -65,7 +71,7 @@ def upgrade_run(
                 f"{folder} does not say which corpus it was trained on, and rule {wanted.label} "
                 "must be fitted on text; name one with --corpus"
             )
-        fitted = token_set(subject, corpus, tokens=tokens, split="train")
+        fitted = token_set(subject, corpus, tokens=tokens, split="train", **reading)
         return fitted.ids[:, :-1]
 
     made = upgrade(source, wanted, text, seed)
@@ -99,6 +105,7 @@ def upgrade_run(
             "tokens": previous.get("tokens"),
             "loss": previous["loss"] if after is None else after,
         },
+        left_out=None if measured is None else measured.left_out,
     )
     return about
 
@@ -119,6 +126,7 @@ def _described(found: TokenSet | None) -> dict[str, Any] | None:
         return None
     return {
         "corpus": found.corpus,
+        **skipped_files(found.left_out),
         "split": found.split,
         "tokens": found.tokens,
         "fingerprint": found.fingerprint,

@@ -17,11 +17,14 @@ from typing import Any, Protocol
 from torch import nn
 
 from polyak import formats
-from polyak.errors import RunError
+from polyak.data.left_out import skipped_files
+from polyak.errors import RunError, shown_value
 from polyak.evaluation.subjects import Subject, TokenSet
-from polyak.files import locked, make_folder, write_atomic, write_json
+from polyak.files import locked, make_folder, sha256_of_json, write_atomic, write_json
+from polyak.reading import anything, fields, list_of, mapping_of, optional, table, text
 from polyak.report.pages import check_out
 from polyak.report.pages import save as write_results
+from polyak.study.parts import check_unchanged
 from polyak.training.machine import heading, now
 
 Found = dict[str, Any]
@@ -91,7 +94,7 @@ def measure_runs(
             run = results["runs"][index]
 
             def save(found: Found, run: Found = run) -> None:
-                run.update(found=found, **measurement.derive(found))
+                run.update(found=found, sha256=sha256_of_json(found), **measurement.derive(found))
                 write_json(out / "results.json", results)
 
             def tell(share: float, what: str, index: int = index, name: str = subject.name) -> None:
@@ -136,9 +139,16 @@ def _about(subject: Subject, tokens: TokenSet) -> dict[str, Any]:
             "corpus": tokens.corpus,
             "split": tokens.split,
             "fingerprint": tokens.fingerprint,
+            **skipped_files(tokens.left_out),
         },
         "status": "partial",
     }
+
+
+def _measured(run: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells that two measurements are of one thing: weights and tokens."""
+    tokens = run.get("tokens") or {}
+    return run.get("weights"), {k: v for k, v in tokens.items() if k != "skipped_files"}
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -160,11 +170,12 @@ def _kept(
     runs: list[dict[str, Any]] = list(results["runs"])
     if not (out / "results.json").exists():
         return runs
-    before = formats.read_results(out / "results.json")
+    file = out / "results.json"
+    before = fields(formats.read_results(file), str(file), _BEFORE)
     here = json.loads(json.dumps(results["settings"]))
     there = {**{key: defaults.get(key) for key in here}, **(before.get("settings") or {})}
     differ = [key for key in here if here[key] != there.get(key)]
-    names = [[run.get("name") for run in one] for one in (before.get("runs") or [], runs)]
+    names = [[run["name"] for run in one] for one in (before["runs"], runs)]
     if differ or names[0] != names[1]:
         what = (
             "; ".join(f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in differ)
@@ -172,7 +183,25 @@ def _kept(
         )
         raise RunError(f"{out} was made with other settings ({what}); choose another --out")
     for run, old in zip(runs, before["runs"], strict=True):
-        same = all(run[key] == old.get(key) for key in ("weights", "tokens"))
-        if same and isinstance(old.get("found"), dict):
+        if _measured(run) == _measured(old) and old.get("found") is not None:
+            where = f"{file}: what it says of {shown_value(run['name'])}"
+            check_unchanged(old["found"], old.get("sha256"), where, "choose another --out")
             run["found"] = old["found"]
     return runs
+
+
+_BEFORE = {
+    "settings": optional(mapping_of(anything)),
+    "runs": list_of(
+        table(
+            {
+                "name": text(),
+                "tokens": optional(mapping_of(anything)),
+                "found": optional(mapping_of(anything)),
+                "sha256": optional(text(64)),
+            }
+        ),
+        10_000,
+    ),
+}
+"""What is taken of an earlier results.json."""

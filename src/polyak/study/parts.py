@@ -17,7 +17,8 @@ from typing import Any
 
 from polyak import formats
 from polyak.errors import RunError
-from polyak.files import make_folder, write_json
+from polyak.files import make_folder, sha256_of_json, write_json
+from polyak.reading import anything, fields, mapping_of, number, optional, text
 
 Tick = Callable[[float], None]
 """Called with the share of a part that is done, from 0 to 1."""
@@ -60,9 +61,7 @@ def done(part: Part, folder: Path) -> Found | None:
     file = part.file(folder)
     if not file.exists():
         return None
-    content = formats.read(file, "part")
-    if not {"key", "found"} <= content.keys():
-        raise RunError(f"{file} is not a part of a study; remove it, and it is measured again")
+    content = kept(file)
     wanted = json.loads(json.dumps(part.key))
     there = over(_only(part.defaults, wanted), content["key"])
     if wanted != there:
@@ -71,6 +70,39 @@ def done(part: Part, folder: Path) -> Found | None:
         raise RunError(f"{file} was measured otherwise ({shown}); choose another --out")
     found: Found = content["found"]
     return found
+
+
+_KEPT = {
+    "key": mapping_of(anything),
+    "seconds": optional(number),
+    "found": mapping_of(anything),
+    "sha256": optional(text(64)),
+}
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """The content of a part's file, as it was written.
+
+    Raises:
+        RunError: it is no part of a study, or was changed since.
+    """
+    again = "remove it, and it is measured again"
+    try:
+        content = fields(formats.read(file, "part"), str(file), _KEPT)
+    except RunError as problem:
+        raise RunError(f"{problem}; {again}") from None
+    check_unchanged(content["found"], content.get("sha256"), str(file), again)
+    return content
+
+
+def check_unchanged(found: Any, sha256: str | None, where: str, fix: str) -> None:
+    """See that what was measured is what was written; older files have no hash.
+
+    Raises:
+        RunError: it was changed.
+    """
+    if sha256 is not None and sha256_of_json(found) != sha256:
+        raise RunError(f"{where} was changed since it was measured; {fix}")
 
 
 def _only(defaults: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +163,7 @@ def measure_all(
             "key": part.key,
             "seconds": time.perf_counter() - began,
             "found": found,
+            "sha256": sha256_of_json(found),
         }
         make_folder(part.file(folder).parent)
         write_json(part.file(folder), content)

@@ -6,8 +6,6 @@ import dataclasses
 import math
 import secrets
 import time
-import types
-import typing
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +21,7 @@ from polyak.errors import DivergedError, RunError, StoppedError, UnwritableError
 from polyak.files import locked, make_folder, write_json
 from polyak.nn.cost import cost
 from polyak.nn.pieces import keep, other_sources, portable_values, source_hash
+from polyak.reading import Check, fields, list_of, number, one_of, optional, whole
 from polyak.signals import StopSignals
 from polyak.training.config.run import RunConfig
 from polyak.training.divergence import SpikeDetector
@@ -107,7 +106,7 @@ def train(
     *,
     resume: bool | None = None,
     progress: Progress | None = None,
-    signals: bool = False,
+    signals: bool | StopSignals = False,
     last_checkpoint: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder, from the start or from its newest whole checkpoint.
@@ -123,7 +122,7 @@ def train(
             with equal settings, else begin.
         progress: called with {"step", "steps", "loss"} after every step.
         signals: stop at SIGTERM, SIGINT, SIGHUP and SIGUSR1, between two steps and with a
-            checkpoint.
+            checkpoint; or when these, opened by the caller, are asked to.
         last_checkpoint: also save one after the last step, so that the run can be prolonged.
 
     Returns:
@@ -171,7 +170,9 @@ def train(
         settings = run_settings(config, data, validation)
         session = _Session(config, run, data, validation, world, progress)
         session.open(settings, changes, identity)
-        if signals:
+        if isinstance(signals, StopSignals):
+            session.stop = signals
+        elif signals:
             session.stop = stack.enter_context(StopSignals())
         return session.run(last_checkpoint)
 
@@ -446,14 +447,19 @@ class _Session:
 
 def _counters(found: Checkpoint) -> Counters:
     """The counters of a checkpoint, each of its own type."""
-    kinds = typing.get_type_hints(Counters)
-    state = found.state
-    fits = isinstance(state, dict) and state.keys() == kinds.keys()
-    if fits:
-        for name, kind in kinds.items():
-            options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-            allowed = tuple(typing.get_origin(option) or option for option in options)
-            fits = fits and isinstance(state[name], allowed)
-    if not fits or state["step"] != found.step:
-        raise RunError(f"{found.path / 'state.json'} is not the state of this checkpoint")
+    file = found.path / "state.json"
+    state = fields(found.state, str(file), _COUNTERS)
+    if state.keys() != _COUNTERS.keys() or state["step"] != found.step:
+        raise RunError(f"{file} is not the state of this checkpoint")
     return Counters(**state)
+
+
+_COUNTERS: dict[str, Check] = {
+    **dict.fromkeys(("step", "skipped", "window_tokens", "window_losses", "validated"), whole()),
+    **dict.fromkeys(("seconds", "flops", "window_seconds", "window_flops"), number),
+    "updated": one_of(True, False),
+    "window_loss": number,
+    **dict.fromkeys(("norm", "validation"), optional(number)),
+    "recent": list_of(number, 10_000),
+}
+"""What state.json must look like."""

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -128,6 +129,18 @@ class PolyakPreTrainedModel(PreTrainedModel):
                 for scalar in module.options["frozen"]:
                     module.get_parameter(f"{scalar}_raw").requires_grad_(False)
         return (model, info) if want_info else model
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, once the files are known to hold as much as the model needs.
+
+        The model is without memory until then; afterwards, what is missing would be allocated.
+        """
+        if state_dict is None:
+            _check_sizes(model, checkpoint_files or ())
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """Transformers 5 would take a table that is missing under both its names for loaded."""
@@ -312,6 +325,32 @@ def _check_weights(name: str, kwargs: dict[str, Any]) -> None:
     found = cached_file(name, WEIGHTS_FILE, **given)
     if found is not None and cached_file(name, "model.safetensors", **given) is not None:
         check_weights(Path(found).parent)  # one folder of the cache has both
+
+
+FEW = 2**24
+"""So many numbers (64 MiB) may be missing of weights before anything is loaded: their names are
+told afterwards."""
+
+
+def _check_sizes(model: nn.Module, files: Sequence[str]) -> None:
+    """See that weights' headers hold about as many numbers as the model has parameters.
+
+    Raises:
+        RunError: they hold far fewer.
+    """
+    if any(not str(file).endswith(".safetensors") for file in files):
+        return  # never written here
+    held = 0
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # no mapping
+                held += math.prod(weights.get_slice(name).get_shape())
+    needed = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    if held + FEW < needed:
+        where = files[0] if files else "no file"
+        raise RunError(
+            f"{where}: weights do not fit config.json ({held:,} numbers, {needed:,} needed)"
+        )
 
 
 def _names(found: Any) -> str:

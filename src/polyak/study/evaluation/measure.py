@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyak.data.left_out import lines
 from polyak.errors import RunError
 from polyak.evaluation.attention import SEQUENCES, attention_entropy
 from polyak.evaluation.config import EvaluateConfig, corpora_of
@@ -177,7 +178,8 @@ def about(subject: Subject) -> dict[str, Any]:
 def _warnings(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing rows."""
     runs = results["runs"]
-    said = [f"{run['attention_note']}." for run in runs if run.get("attention_note")]
+    said = lines(runs)
+    said += [f"{run['attention_note']}." for run in runs if run.get("attention_note")]
     for place, first in enumerate(runs[0]["corpora"]):
         other = [
             run["name"]

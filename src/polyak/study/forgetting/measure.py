@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from polyak import formats
+from polyak.data.left_out import lines
+from polyak.errors import RunError
 from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal
 from polyak.evaluation.subjects import Subject, load_subjects
-from polyak.files import locked, make_folder, sha256_of, write_json
+from polyak.files import locked, make_folder, sha256_of, sha256_of_json, write_json
+from polyak.reading import fields, list_of, number, optional, table, text
 from polyak.report.pages import check_out, save
 from polyak.settings import defaults
 from polyak.study.evaluation.measure import Progress, about
 from polyak.study.forgetting.page import finished, render
+from polyak.study.parts import check_unchanged
 from polyak.training.machine import heading
 from polyak.words import listed
 
@@ -102,8 +106,7 @@ class _Study:
         ):
             part = self.config.out / "parts" / f"{_key(made)}.json"
             if part.exists():
-                row.update({**formats.read(part, "part"), "status": "finished"})
-                del row["format"]
+                row.update(_kept(part), status="finished")
             else:
                 row["status"] = "running"
                 teller = self._teller(subject, row)
@@ -112,7 +115,8 @@ class _Study:
                 except BaseException:
                     self._write()  # with the curve so far
                     raise
-                write_json(part, {"format": formats.current("part"), **found})
+                sealed = {**found, "sha256": sha256_of_json(found)}
+                write_json(part, {"format": formats.current("part"), **sealed})
                 row.update(found, status="finished")
             self.done += 1
             self._write()
@@ -138,6 +142,36 @@ class _Study:
         save(self.config.out, self.results, render)
 
 
+_LOSS = table({"value": number, "se": optional(number)})
+_SIDE = table(
+    {when: table({"fingerprint": text(64), "loss": _LOSS}) for when in ("before", "after")}
+)
+_CURVE = table({name: list_of(number) for name in ("step", "source", "target")})
+_PART = {
+    "curve": _CURVE,
+    **dict.fromkeys(("source", "target"), _SIDE),
+    **dict.fromkeys(("forgetting", "plasticity"), _LOSS),
+    "seconds": number,
+    "sha256": optional(text(64)),
+}
+
+
+def _kept(part: Path) -> dict[str, Any]:
+    """What an earlier start measured.
+
+    Raises:
+        RunError: the file is no such measurement, or was changed since.
+    """
+    again = "remove it, and it is measured again"
+    try:
+        content = fields(formats.read(part, "part"), str(part), _PART)
+    except RunError as problem:
+        raise RunError(f"{problem}; {again}") from None
+    found = {k: v for k, v in content.items() if k not in ("format", "sha256")}
+    check_unchanged(found, content.get("sha256"), str(part), again)
+    return found
+
+
 def _key(made: Mapping[str, Any]) -> str:
     """The name of a measurement's file, the same in every version that can make it."""
     later = defaults(ForgettingConfig)
@@ -151,7 +185,7 @@ def _key(made: Mapping[str, Any]) -> str:
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing rows."""
-    said, runs = [], results["runs"]
+    said, runs = lines(results["runs"]), results["runs"]
     optimizers = sorted({str(run["trained_with"]) for run in runs})
     if len(optimizers) > 1:
         said.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from polyak.checks import check_number, check_whole
 from polyak.errors import unknown
@@ -28,6 +28,10 @@ class LandscapeConfig:
     four if none is given."""
     corpora: str = "prose"
     """Other corpora whose loss is measured, separated by commas."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and hub records of --corpora and --onto."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON of --corpora and --onto, such as `latin-1`."""
     eval_tokens: int = 65_536
     """Tokens that are scored on each corpus at most."""
     sharpness_tokens: int = 2048
@@ -72,6 +76,11 @@ class LandscapeConfig:
         for name, kind in (("spectrum_runs", Which), ("device", Device)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the other corpora are read, as `polyak.evaluation.subjects.corpus_of` takes it."""
+        return {"text_field": self.text_field, "encoding": self.encoding}
 
     @property
     def chosen(self) -> tuple[str, ...]:

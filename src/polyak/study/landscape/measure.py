@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from polyak import formats
 from polyak.analysis.config import SharpnessConfig
 from polyak.analysis.spectrum_config import SpectrumConfig
+from polyak.data.left_out import lines, skipped_files
 from polyak.errors import unknown
 from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
@@ -181,6 +182,7 @@ class _Study:
         filled = complete(
             {
                 **self.results,
+                "warnings": [*self.results["warnings"], *lines(self.results["runs"])],
                 "format": formats.current(KIND),
                 "kind": KIND,
                 "status": "partial" if self.missing else "complete",
@@ -199,7 +201,8 @@ class _Study:
         key = {
             "tokens": config.eval_tokens,
             "corpora": {
-                name: corpus_of(subject, corpus).fingerprint for name, corpus in corpora.items()
+                name: corpus_of(subject, corpus, **config.reading).fingerprint
+                for name, corpus in corpora.items()
             },
         }
         work = len(corpora) * config.eval_tokens / 3 / speed  # no backward pass
@@ -208,7 +211,8 @@ class _Study:
             found: Found = {}
             for place, (name, corpus) in enumerate(corpora.items()):
                 tick(place / len(corpora))
-                found[name] = summary(token_losses(subject, corpus, tokens=config.eval_tokens))
+                losses = token_losses(subject, corpus, tokens=config.eval_tokens, **config.reading)
+                found[name] = summary(losses)
             values = [found[name]["loss"]["value"] for name in others]
             found["others"] = sum(values) / len(values) if values else None
             return found
@@ -237,7 +241,7 @@ class _Study:
                 pairs = found["spectrum"][end]
                 found[end] = pairs[0]["value"] if pairs and pairs[0]["converged"] else None
             found["rise_found"] = found["rise"]["rises"][0]["at_least"]
-            return found
+            return {**found, "corpus": tokens.corpus, **skipped_files(tokens.left_out)}
 
         return key, work, measure
 
@@ -245,6 +249,7 @@ class _Study:
         config = self.config
         wanted = ForgettingConfig(
             onto=config.onto,
+            **config.reading,
             steps=config.forgetting_steps,
             warmup=min(50, config.forgetting_steps // 3),
             lr=config.forgetting_lr,
@@ -284,6 +289,8 @@ class _Study:
             later = [value_of(log) for log in by_name["frozen"]["layers"][1:]]
             known = [value for value in later if value is not None]
             return {
+                "corpus": tokens.corpus,
+                **skipped_files(tokens.left_out),
                 "spectra": found,
                 "persistence_later": math.fsum(known)
                 if known and len(known) == len(later)

@@ -14,7 +14,7 @@ from polyak import formats
 from polyak.compare.results import mean_scalars
 from polyak.errors import PolyakError, RunError, TrustError
 from polyak.files import read_json
-from polyak.reading import fields, table, text, whole
+from polyak.reading import anything, fields, mapping_of, optional, table, text, whole
 from polyak.training.machine import heading
 from polyak.training.runs.folder import RunFolder
 from polyak.words import listed
@@ -37,7 +37,19 @@ Row = Mapping[str, Any]
 _SETTINGS = {
     "model": table({"rule": text()}),
     "training": table({"seed": whole(), "steps": whole()}),
+    "validation": optional(table({"tokens": optional(whole()), "bytes": optional(whole())})),
 }
+_ENVIRONMENT = {
+    "environment": optional(
+        table({name: optional(mapping_of(anything)) for name in ("machine", "versions")})
+    )
+}
+_CORPUS = {
+    "corpus": optional(
+        table({f"validation_{name}": optional(whole()) for name in ("tokens", "bytes")})
+    )
+}
+"""What is taken of run.json, and of the results.json of the comparison around it."""
 
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
@@ -56,6 +68,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     if "training" not in settings:
         raise RunError(f"{folder} was imported, not trained here: it has no curves to draw")
     fields(settings, str(run.settings_file), _SETTINGS)
+    fields(recorded, str(run.settings_file), _ENVIRONMENT)
     rows = run.metrics()
     train = [row for row in rows if row["kind"] == "train"]
     checks = [row for row in rows if row["kind"] == "validation"]
@@ -71,7 +84,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         "name": name,
         "folder": os.fspath(folder),
         "settings": settings,
-        "environment": recorded.get("environment", {}),
+        "environment": recorded.get("environment") or {},
         "rule": settings["model"]["rule"],
         "seed": settings["training"]["seed"],
         "status": "finished" if result else "unfinished",
@@ -177,7 +190,8 @@ def _bits_per_byte_factor(settings: Mapping[str, Any], folder: Path) -> float | 
         found = read_json(around)
         if not isinstance(found, dict) or found.get("kind") != "comparison":
             return None
-        of_all = formats.up_to_date(found, "comparison", around).get("corpus")
+        found = fields(formats.up_to_date(found, "comparison", around), str(around), _CORPUS)
+        of_all = found.get("corpus")
         if isinstance(of_all, dict) and of_all.get("validation_tokens") == own.get("tokens"):
             corpus = of_all
     return bits_per_byte_factor(corpus)

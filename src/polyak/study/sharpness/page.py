@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from polyak.data.left_out import lines
 from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.sharpness import figures as sharpness_figures
@@ -146,7 +147,7 @@ def render(results: Mapping[str, Any]) -> str:
         results,
         figures=sharpness_figures.all_figures(results),
         sentence=sentence(results),
-        warnings=_missed(results),
+        warnings=[*lines([run["tokens"] for run in results["runs"]]), *_missed(results)],
         groups=groups,
         spectra=[
             (run, title, (run.get("found") or {})[part])

@@ -49,7 +49,10 @@ def sharpness(
         return sharpness_of(subject, tokens, config, progress, **kept)
 
     subjects = load_subjects(runs, device=config.device)
-    sets = [token_set(subject, config.corpus, tokens=config.tokens) for subject in subjects]
+    sets = [
+        token_set(subject, config.corpus, tokens=config.tokens, **config.reading)
+        for subject in subjects
+    ]
     asked = Measurement(
         *(KIND, {**settings, "rho": list(config.radii)}, measure, render),
         defaults=defaults(SharpnessConfig),

@@ -91,7 +91,8 @@ def tokens_of(subject: Subject, config: SpectrumConfig) -> TokenSet:
         PolyakError: the corpus cannot be used, or the length does not fit the model.
     """
     length = config.length or subject.context_length
-    tokens = token_set(subject, config.corpus, tokens=config.sequences * length, length=length)
+    wanted = config.sequences * length
+    tokens = token_set(subject, config.corpus, tokens=wanted, length=length, **config.reading)
     if len(tokens.ids) < config.sequences:
         raise DataError(
             f"sequences={config.sequences}: corpus {tokens.corpus!r} has {len(tokens.ids)} of "

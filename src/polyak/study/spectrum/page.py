@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from polyak.data.left_out import lines
 from polyak.report.pages import draw
 from polyak.report.tables import house_table
 from polyak.study.sharpness.page import number
@@ -73,7 +74,7 @@ def zeros(found: Mapping[str, Any]) -> str:
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing."""
-    said = []
+    said = lines([run["tokens"] for run in results["runs"]])
     tokens = {run["tokens"]["fingerprint"] for run in results["runs"]}
     if len(tokens) > 1:
         said.append("The runs are measured on different tokens.")

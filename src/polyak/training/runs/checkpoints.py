@@ -27,6 +27,7 @@ from torch import Tensor
 from polyak import formats
 from polyak.errors import PolyakError, RunError
 from polyak.files import make_folder, read_json, reason, sha256_of, sync_folder, write_json
+from polyak.reading import fields, mapping_of, optional, table, text, whole
 from polyak.training.processes import sharded
 from polyak.training.processes.distributed import World
 
@@ -232,23 +233,22 @@ def _complete(path: Path) -> bool:
     return True
 
 
+_MANIFEST = {
+    "step": whole(),
+    "run": optional(text(64)),
+    "files": mapping_of(table({"bytes": whole(), "sha256": text(64)}), 100_000),
+}
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = formats.read(path / "manifest.json", "checkpoint")
-    try:
-        well_formed = (
-            manifest["step"] == _step_of(path)
-            and "state.json" in manifest["files"]
-            and all(any(f.startswith(part) for f in manifest["files"]) for part in _PARTS)
-            and all(
-                Path(file).name == file
-                and isinstance(entry["bytes"], int)
-                and isinstance(entry["sha256"], str)
-                for file, entry in manifest["files"].items()
-            )
-        )
-    except (KeyError, TypeError, AttributeError):
-        well_formed = False
-    if not well_formed:
+    fields(manifest, str(path / "manifest.json"), _MANIFEST)
+    files = manifest["files"]
+    if (
+        manifest["step"] != _step_of(path)
+        or not all(any(f.startswith(part) for f in files) for part in ("state.json", *_PARTS))
+        or not all(Path(file).name == file for file in files)
+    ):
         raise RunError(f"{path / 'manifest.json'} is not the manifest of this checkpoint")
     return manifest
 

@@ -133,10 +133,10 @@ def keep_until(path: Path, step: int) -> None:
         raise RunError(f"cannot read {path}: {reason(error)}") from error
     kept, until = [], step
     for line, row in rows_of(content, path):
-        if row.get("step", 0) <= step:
+        if row["step"] <= step:
             kept.append(line + b"\n")
         else:
-            until = max(until, row["step"], row.get("until", 0))
+            until = max(until, row["step"], row.get("until") or 0)
     if until > step:
         kept.append(json.dumps({"kind": "cut", "step": step, "until": until}).encode() + b"\n")
     text = b"".join(kept)
@@ -147,7 +147,8 @@ def keep_until(path: Path, step: int) -> None:
 _NUMBER = optional(number)
 _ROW = {
     "kind": text(40),
-    **dict.fromkeys(("step", "until", "skipped", "allowed"), optional(whole())),
+    "step": whole(),
+    **dict.fromkeys(("until", "skipped", "allowed"), optional(whole())),
     **dict.fromkeys(("loss", "tokens", "flops", "seconds", "gradient_norm", "took"), _NUMBER),
     **dict.fromkeys(("tokens_per_second", "flops_per_second", "memory_bytes"), _NUMBER),
     **dict.fromkeys(("peak_fraction", "usual"), _NUMBER),
@@ -187,6 +188,6 @@ def logged_until(path: Path) -> tuple[int, int]:
         return 0, 0
     last = ever = 0
     for _, row in rows_of(content, path):
-        last = max(last, row.get("step", 0))
-        ever = max(ever, last, row.get("until", 0) if row["kind"] == "cut" else 0)
+        last = max(last, row["step"])
+        ever = max(ever, last, row.get("until") or 0 if row["kind"] == "cut" else 0)
     return last, ever

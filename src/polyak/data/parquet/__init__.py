@@ -1,0 +1,1 @@
+"""Parquet: the rows of one column, read within a bound on memory."""
