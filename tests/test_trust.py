@@ -177,7 +177,8 @@ def test_hugging_faces_classes_ask_for_theirs(stranger: Path) -> None:
     import polyak.interop.huggingface  # noqa: F401  # registers
 
     folder = stranger / "run" / "model"
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # data, and runs nothing
+    assert config.rule in str(config)
     for use in (config.model_config, lambda: config.num_hidden_layers):
         with pytest.raises(TrustError, match="trust_remote_code=True"):
             use()

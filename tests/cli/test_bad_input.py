@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 from mounts import mounted
 from tiny_runs import SETTINGS, polyak, settings_beside
 
-from polyak.cli.main import main
+from polyak.cli.main import COMMANDS, main
 
 Streams = pytest.CaptureFixture[str]
 
@@ -323,6 +326,27 @@ def test_an_option_given_twice_is_one_line(
     assert stopped.value.code == 2
     said = f"polyak {words[0]}: {option} is given twice; leave one out\n"
     assert capsys.readouterr().err == said
+
+
+def options_of(command: str) -> dict[str, bool]:
+    """Every option in a command's help, and whether it may be given several times."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", said.getvalue())
+    _, *blocks = re.split(r"\n +(?=--[a-z])", text.partition("show this help")[2])
+    return {block.split()[0]: "repeatable" in block for block in blocks}
+
+
+@pytest.mark.parametrize("command", [*sorted({*COMMANDS} - {"study"}), "study landscape"])
+def test_no_option_but_those_of_several_values_is_given_twice(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options_of(command)
+    assert len(options) > 1
+    for name, several in options.items():
+        code, error = run([*command.split(), f"{name}=1", name, "2"], capsys)
+        assert code != 0
+        assert (error == f"polyak {command}: {name} is given twice; leave one out\n") != several
 
 
 @pytest.mark.parametrize(

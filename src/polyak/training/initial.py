@@ -21,7 +21,7 @@ from polyak.nn.config import ModelConfig
 from polyak.nn.pieces import portable_values
 from polyak.nn.rule_places import brackets_of, parts_of, text_of
 from polyak.nn.transformer import Transformer
-from polyak.training.runs.folder import read_model_config, read_weights
+from polyak.training.runs.folder import check_finished, read_model_config, read_weights
 
 FREE_TO_DIFFER = ("dropout", "rule_options.frozen")
 """What training may change about a model without changing what its weights compute."""
@@ -31,8 +31,9 @@ def weights_file(folder: str | Path) -> Path:
     """The weights of a finished run.
 
     Raises:
-        RunError: there are none.
+        RunError: there are none, or the run did not finish.
     """
+    check_finished(folder)
     file = Path(folder).expanduser() / "model" / "model.safetensors"
     if not file.is_file():
         raise RunError(

@@ -104,8 +104,9 @@ _TEXT = ("corpus", "text_field", "encoding")
 
 def _started_from(folder: Path, base: recipes.Settings, *, keep_corpus: bool) -> recipes.Settings:
     """A recipe's settings with the model, tokenizer and corpus of the run that it starts from."""
-    from polyak.training.runs.folder import read_model_config
+    from polyak.training.runs.folder import check_finished, read_model_config
 
+    check_finished(folder)
     model = _flat(RunConfig(model=read_model_config(folder / "model")))
     base = {key: value for key, value in base.items() if not key.startswith("model.")}
     base |= {key: value for key, value in model.items() if key.startswith("model.")}

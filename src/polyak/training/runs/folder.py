@@ -356,6 +356,17 @@ def unfinished(folder: str | Path) -> RunError:
     )
 
 
+def check_finished(folder: str | Path) -> None:
+    """See that a folder, if it is a run, is a finished one.
+
+    Raises:
+        RunError: it did not finish; the message says how it goes on.
+    """
+    run = RunFolder(Path(folder).expanduser())
+    if run.settings_file.exists() and run.result() is None:
+        raise unfinished(folder)
+
+
 def read_model_config(model_folder: Path) -> ModelConfig:
     """The configuration in a run's `model/`.
 
