@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 from rich.table import Table
 
+import polyak
 from polyak.cli._console import Console
 from polyak.data.prepare import open_prepared
-from polyak.errors import ConfigError, DataError, RunError, plain, shown_value
+from polyak.errors import ConfigError, DataError, RunError, UnknownNameError, plain, shown_value
 from polyak.nn.config import ModelConfig
+from polyak.output import say, show, tell
 from polyak.reading import (
     Check,
     fields,
@@ -28,6 +35,7 @@ from polyak.reading import (
     text,
     whole,
 )
+from polyak.report.svg import STAND_IN, house_style, to_svg
 
 KEPT = Path(__file__).parent / "releases" / "0.1.0"
 
@@ -147,3 +155,45 @@ def test_tables_and_lines_give_a_terminal_no_foreign_control_characters(
     for sign in ("\x1b[31m", "\x1b[2J", "\x1b]", "\x07", "\x9b", "\r"):
         assert sign not in out
     assert "\x1b[1m" in out  # the style is rich's own
+
+
+def test_a_name_is_literal_in_a_figure_whatever_it_looks_like() -> None:
+    name = f'a#b id="x" url(#y) href="#z" $x$ <b> {next(iter(STAND_IN.values()))}'
+    with house_style(11):
+        figure = Figure(figsize=(3, 2))
+        figure.subplots().set_xlabel(name)
+        drawn = ElementTree.fromstring(to_svg(figure, "one", "a title"))
+    assert name in list(drawn.itertext())
+
+
+def test_an_error_is_one_line_of_a_bounded_length() -> None:
+    error = RunError("a file says\n  this:\r\n\x85 " + "x" * 10_000 + "; do that")
+    assert str(error).startswith("a file says this: xxx")
+    assert str(error).endswith("xxx; do that")
+    assert len(str(error)) <= 1500
+    assert str(UnknownNameError("two\nlines")) == "two lines"
+
+
+def test_commands_print_by_way_of_what_writes_control_characters_out() -> None:
+    """`print` itself knows nothing of terminals: `show`, `say`, `tell` and `Console` do."""
+    rooms = Path(polyak.__file__).parent / "cli"
+    bare = [
+        path.name
+        for path in rooms.glob("*.py")
+        if re.search(r"(?<![.\w])print\(", path.read_text())
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize(("write", "stream"), [(show, "stdout"), (say, "stdout"), (tell, "stderr")])
+def test_a_terminal_gets_no_control_characters_of_a_line(write: Any, stream: str) -> None:
+    controller, terminal = os.openpty()
+    with (
+        os.fdopen(terminal, "w") as handle,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, stream, handle)
+        write("corpus \x1b[2J\x07 name")
+        handle.flush()
+        assert os.read(controller, 100) == rb"corpus \x1b[2J\x07 name" + b"\r\n"
+    os.close(controller)

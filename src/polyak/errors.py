@@ -68,11 +68,11 @@ class MissingExtraError(PolyakError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
 
-_BREAKS = re.compile("[ \t]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029][ \t\n\r]*")
+_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 def _one_line(text: str) -> str:
-    text = _BREAKS.sub(" ", text.strip())
+    text = " ".join(part.strip() for part in _BREAKS.split(text) if part.strip())
     if len(text) <= LONGEST_LINE:
         return text
     return f"{text[: LONGEST_LINE - 300]} … {text[-297:]}"

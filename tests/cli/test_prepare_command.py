@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import polyak
 
+from polyak.cli.prepare import progress_line
 from polyak.data.prepare import Done, open_prepared, prepare
 
 
@@ -119,3 +120,13 @@ def test_bench_compares_with_a_plain_loop_and_with_datasets(corpus: Path, tmp_pa
     assert results["megabytes"] * 1e6 == corpus.stat().st_size
     for name in ways:
         assert name in found.stdout
+
+
+def test_progress_tells_the_share_and_the_time_left_where_the_size_is_known() -> None:
+    known = Done(10, 25_000_000, 9_000, found_bytes=5_000_000, all_bytes=45_000_000)
+    said = "56% of 45.0 MB, 10 documents, 2.00 MB/s, about 10 s left"
+    assert progress_line(known, 10.0) == said  # what was done before took none of this time
+    done = known._replace(text_bytes=45_000_000)
+    assert progress_line(done, 20.0) == "100% of 45.0 MB, 10 documents, 2.00 MB/s"
+    unknown = known._replace(all_bytes=None)
+    assert progress_line(unknown, 10.0) == "10 documents, 25.0 MB, 9,000 tokens, 2.00 MB/s"

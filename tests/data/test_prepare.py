@@ -413,7 +413,11 @@ def test_progress_is_reported_up_to_the_end(texts: Path, cache: Path) -> None:
     prepared = prepare(str(texts), cache=cache, progress=seen.append)
     total = sum(len(path.read_bytes()) for path in texts.rglob("*.txt"))
     tokens = len(prepared.train) + len(prepared.validation)
-    assert seen[-1] == Done(documents=60, text_bytes=total, tokens=tokens, found_bytes=0)
+    assert seen[-1] == Done(60, total, tokens, found_bytes=0, all_bytes=total)
+    lines = texts.parent / "lines.jsonl"  # of records only reading tells
+    lines.write_text("".join(json.dumps({"text": f"{n} lamps"}) + "\n" for n in range(9)))
+    prepare(str(lines), cache=cache, progress=seen.append)
+    assert seen[-1].all_bytes is None
 
 
 def test_settings_that_cannot_work_are_refused_before_any_work(texts: Path, cache: Path) -> None:

@@ -151,6 +151,20 @@ def _speed(done: Done, seconds: float) -> str:
     return f"{(done.text_bytes - done.found_bytes) / 1e6 / max(seconds, 1e-9):.2f} MB/s"
 
 
+def progress_line(done: Done, seconds: float) -> str:
+    """How far a preparation is, and, where its size is known, how long it still takes."""
+    from polyak.words import duration
+
+    here, speed = done.text_bytes - done.found_bytes, _speed(done, seconds)
+    read, documents = f"{done.text_bytes / 1e6:,.1f}", f"{done.documents:,} documents"
+    if not done.all_bytes:
+        return f"{documents}, {read} MB, {done.tokens:,} tokens, {speed}"
+    share = min(1.0, done.text_bytes / done.all_bytes)
+    rest = max(0, done.all_bytes - done.text_bytes)
+    left = f", about {duration(seconds * rest / here)} left" if here and rest else ""
+    return f"{share:.0%} of {done.all_bytes / 1e6:,.1f} MB, {documents}, {speed}{left}"
+
+
 @contextmanager
 def _watching() -> Iterator[tuple[Progress, list[Done]]]:
     """A progress function that shows a live line on a terminal, else a line now and then."""
@@ -161,11 +175,7 @@ def _watching() -> Iterator[tuple[Progress, list[Done]]]:
     started = shown = time.monotonic()
 
     def line(done: Done) -> str:
-        speed = _speed(done, time.monotonic() - started)
-        return (
-            f"{done.documents:,} documents, {done.text_bytes / 1e6:,.1f} MB, "
-            f"{done.tokens:,} tokens, {speed}"
-        )
+        return progress_line(done, time.monotonic() - started)
 
     if console.is_terminal:
         with console.status("reading") as status:

@@ -62,6 +62,8 @@ class Done(NamedTuple):
     tokens: int
     found_bytes: int
     """What of `text_bytes` had been done before a kill."""
+    all_bytes: int | None = None
+    """`text_bytes` at the end, where that is known before: of text files."""
 
 
 Progress = Callable[[Done], None]
@@ -396,6 +398,7 @@ class _Preparation:
                         sum(writer.text_bytes for writer in self.writers),
                         sum(writer.tokens for writer in self.writers),
                         self.found_bytes,
+                        getattr(self.plan.corpus.documents, "text_bytes", None),
                     )
                 )
 

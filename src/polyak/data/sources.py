@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -59,6 +60,16 @@ class _Documents:
 
     def __iter__(self) -> Iterator[Document]:
         return self.after(0)
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        """Bytes of text in all of them; None where only reading tells, as of records."""
+        if self.scan.has_records or self.scan.encoding != DEFAULT:
+            return None
+        try:
+            return sum(file.path.stat().st_size for file in self.scan.files)
+        except OSError:
+            return None
 
     def after(self, count: int) -> Iterator[Document]:
         """The documents without the first `count`, which are not decoded."""

@@ -134,13 +134,8 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for role, color in STAND_IN.items():
-        text = text.replace(color, f"var(--{role})")
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
-    text = re.sub(r"font: ([\d.]+)px inherit", r"font-size: \1px", text)
-    text = re.sub(r"\bid=\"", f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r"href=\"#", f'href="#{name}-', text)
+    # what stands between tags is text, which may come from anywhere, and stays as it is
+    text = re.sub(r"<[^>]*>", lambda tag: _for_a_page(tag[0], name), text)
     width, height = (72 * x for x in figure.get_size_inches())
     opening = (
         f'<svg class="figure" viewBox="0 0 {width:g} {height:g}" role="img" '
@@ -148,6 +143,16 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
         f'aria-labelledby="{name}-title"><title id="{name}-title">{escape(title)}</title>'
     )
     return opening + text[text.index(">") + 1 :]
+
+
+def _for_a_page(tag: str, name: str) -> str:
+    for role, color in STAND_IN.items():
+        tag = tag.replace(color, f"var(--{role})")
+    tag = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", tag)
+    tag = re.sub(r"font: ([\d.]+)px inherit", r"font-size: \1px", tag)
+    tag = re.sub(r"\bid=\"", f'id="{name}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{name}-", tag)
+    return re.sub(r"href=\"#", f'href="#{name}-', tag)
 
 
 def key(style: Style) -> str:
