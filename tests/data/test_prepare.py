@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from polyak.data.split import score
 from polyak.data.tokenizers import ByteTokenizer
 from polyak.data.workspace import building, default_cache
 from polyak.errors import ConfigError, DataError
+from polyak.files import sha256_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -190,6 +192,24 @@ def test_a_damaged_shard_is_named_and_made_again(texts: Path, cache: Path) -> No
             repaired = prepare(str(texts), cache=cache, shard_tokens=5000)
         assert (repaired.train[:] == tokens).all()
         assert _folders(cache) == [healthy.folder.name]
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_where_it_is_read(
+    texts: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "foreign"
+    shutil.copytree(prepare(str(texts), cache=cache).folder, folder)
+    ids = np.fromfile(folder / "train-00000.bin", "<u2")
+    ids[7] = 60_000  # with a hash that is right: somebody else's
+    ids.tofile(folder / "train-00000.bin")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["train"]["shards"][0]["sha256"] = sha256_of(folder / "train-00000.bin")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    train = open_prepared(folder).train
+    assert len(train[8:20]) == 12
+    for read in (lambda: train[7], lambda: train[:20], lambda: train[1:19:2]):
+        with pytest.raises(DataError, match="has the token id 60000, beyond the 256 of its token"):
+            read()
 
 
 def test_a_damaged_manifest_is_one_clear_line(texts: Path, cache: Path) -> None:

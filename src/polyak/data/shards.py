@@ -78,7 +78,11 @@ class TokenFile:
         return self._range(low, high + 1)[::step]
 
     def _range(self, start: int, stop: int) -> Array:
-        """Tokens start…stop−1 as a copy: a view would keep a slice of the map alive."""
+        """Tokens start…stop−1 as a copy: a view would keep a slice of the map alive.
+
+        Raises:
+            DataError: an id that the tokenizer does not have, which a model would look up.
+        """
         parts = []
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
@@ -87,7 +91,13 @@ class TokenFile:
             parts.append(np.asarray(part))
             start += len(part)
             shard += 1
-        return np.concatenate([np.empty(0, self.dtype), *parts])
+        found: Array = np.concatenate([np.empty(0, self.dtype), *parts])
+        if found.size and found.max() >= len(self.byte_table):
+            raise DataError(
+                f"{self.label} has the token id {found.max()}, beyond the {len(self.byte_table)} "
+                "of its tokenizer; delete its folder and prepare the corpus again"
+            )
+        return found
 
 
 class ShardWriter:

@@ -388,3 +388,18 @@ def test_the_wrong_rule_for_the_weights_is_one_line(
     with pytest.raises(PolyakError, match=r"do not fit config\.json") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path, rule="adam")
     one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 2**31 - 1), ("context_length", 2**31 - 1), ("d_model", 2**20)],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_they_are_allocated(
+    tiny: Callable[..., Any], tmp_path: Path, field: str, value: int
+) -> None:
+    tiny(num_heads=4, d_model=16).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content = {"polyak": {**content["polyak"], field: value}, "model_type": "polyak"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"do not fit config\.json \([\d,]+ numbers, [\d,]+ needed"):
+        hf.PolyakForCausalLM.from_pretrained(tmp_path)
