@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers as hf
+from tiny_runs import polyak
 from tiny_tokenizers import KINDS, TEXTS, save_tokenizer
 from tokenizers import decoders, models
 
@@ -118,3 +119,36 @@ def test_what_does_not_say_where_a_text_ends_or_what_a_token_is_is_refused(folde
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
     with pytest.raises(DataError, match="neither byte-level nor of SentencePiece's form"):
         read_tokenizer(folder)
+
+
+TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+SINGLE = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+PANICS = {
+    "template": {"post_processor": {**TEMPLATE, "single": SINGLE}},
+    "strip": {
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Strip", "content": "a", "start": 3, "stop": 5},
+                {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+            ],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_a_file_that_makes_the_library_panic_is_one_line_by_every_door(
+    name: str, tmp_path: Path
+) -> None:
+    save_tokenizer("byte-level", tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **PANICS[name]}))
+    with pytest.raises(DataError, match=r"tokenizer.json cannot be used: (no entry|index out)"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "a.txt").write_text("a lamp on a table\n" * 99)
+    words = ("prepare", "a.txt", "--tokenizer", ".")
+    done = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache", RUST_BACKTRACE="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("polyak prepare: tokenizer.json cannot be used: ")
+    assert done.stderr.count("\n") == 1

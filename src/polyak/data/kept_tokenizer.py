@@ -8,6 +8,8 @@ those that the template puts before a text are its `prefix`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from polyak.data.byte_level import byte_letters
 from polyak.data.documents import Text, parts_of
 from polyak.data.tokenizers import END_OF_TEXT, Ids, Tokenizer
-from polyak.errors import DataError
+from polyak.errors import DataError, PolyakError
 from polyak.files import parse_json, read_json, read_text
 
 _SPACE = "▁"
@@ -48,14 +50,8 @@ class KeptTokenizer(Tokenizer):
     def __init__(self, definition: str, end_of_text: int, chat_template: str | None = None) -> None:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-        try:
+        with in_rust("tokenizer.json cannot be read", quiet=True):
             self._inner = HuggingFaceTokenizer.from_str(definition)
-        except BaseException as problem:  # `tokenizers` raises bare Exception, and panics
-            if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
-                raise
-            raise DataError(
-                f"tokenizer.json cannot be read: {' '.join(str(problem).split())}"
-            ) from problem
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.encode_special_tokens = True  # text that spells one is just text
@@ -72,7 +68,11 @@ class KeptTokenizer(Tokenizer):
         self.name = f"kept-{self.vocab_size}"
         self.fingerprint = sha256(f"polyak kept 1 {end_of_text} {definition}".encode()).hexdigest()
         self._form = _form(parse_json(definition, "tokenizer.json", error=DataError))
-        self.prefix = self._prefix()
+        with in_rust("tokenizer.json cannot be used", quiet=True):
+            self.prefix = self._prefix()
+            self._inner.decode(sorted(self._tokens), skip_special_tokens=False)
+        if not set(self.prefix) <= self._tokens.keys():
+            raise DataError("tokenizer.json puts an id before a text that no token has")
         self.end_token = self._tokens[end_of_text]
         self.begin_token = self._tokens[self.prefix[0]] if self.prefix else self.end_token
 
@@ -84,7 +84,8 @@ class KeptTokenizer(Tokenizer):
     def encode_many(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer.encode_many`; without the tokens that a model's template puts around."""
         try:
-            found = self._inner.encode_batch(list(texts), add_special_tokens=False)
+            with in_rust("the model's tokenizer cannot encode this text"):
+                found = self._inner.encode_batch(list(texts), add_special_tokens=False)
         except UnicodeEncodeError as problem:
             raise DataError("the text is not valid Unicode: unpaired surrogate") from problem
         return [np.asarray(one.ids, dtype=np.int64) for one in found]
@@ -106,10 +107,11 @@ class KeptTokenizer(Tokenizer):
         # a model's vocabulary may be padded: ids that no token has stand for nothing
         documents = np.split(given, np.flatnonzero(given == self._end))
         masks = np.split(known & (given != self._end), np.flatnonzero(given == self._end))
-        return END_OF_TEXT.join(
-            self._inner.decode(document[mask].tolist(), skip_special_tokens=False)
-            for document, mask in zip(documents, masks, strict=True)
-        )
+        with in_rust("the model's tokenizer cannot decode these ids"):
+            return END_OF_TEXT.join(
+                self._inner.decode(document[mask].tolist(), skip_special_tokens=False)
+                for document, mask in zip(documents, masks, strict=True)
+            )
 
     @cached_property
     def byte_table(self) -> npt.NDArray[np.int64]:
@@ -153,6 +155,43 @@ class KeptTokenizer(Tokenizer):
     def hugging_face_json(self) -> str:
         """The file as it came."""
         return self._definition
+
+
+@contextlib.contextmanager
+def in_rust(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """A `DataError` for whatever `tokenizers` raises: bare Exceptions, and panics of Rust.
+
+    Args:
+        what: the error's line begins with it.
+        quiet: keep from standard error what Rust writes there of a panic.
+    """
+    try:
+        with _without_stderr() if quiet else contextlib.nullcontext():
+            yield
+    except BaseException as problem:
+        panic = type(problem).__name__ == "PanicException"  # no Exception
+        if not panic and not (quiet and isinstance(problem, Exception)):
+            raise
+        if isinstance(problem, PolyakError):
+            raise
+        raise DataError(f"{what}: {' '.join(str(problem).split())[:300]}") from problem
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The process's standard error leads nowhere."""
+    try:
+        before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def kept(folder: Path) -> KeptTokenizer | None:

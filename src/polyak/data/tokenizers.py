@@ -180,6 +180,8 @@ class BPETokenizer(Tokenizer):
         self._merges = [tuple(pair) for pair in merges]
         definition = json.dumps(["polyak bpe 1", self._tokens, self._merges])
         self.fingerprint = sha256(definition.encode()).hexdigest()
+        if not set("".join(self._tokens)) <= set(byte_letters()):
+            raise DataError("its tokens are not spelled in byte-level BPE's letters")
         self._words = WordEncoder(HuggingFaceTokenizer.from_str(self.hugging_face_json()))
 
     @classmethod
