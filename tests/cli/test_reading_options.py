@@ -54,8 +54,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Pa
 def run(name: str, place: Path, out: Path, corpus: str, *more: str) -> int:
     options = [word for flag in CORPUS.get(name, ("--corpus",)) for word in (flag, corpus)]
     where = [str(out)] if name == "upgrade" else ["--out", str(out)]
-    if name == "upgrade":
-        where = [str(out)]
     return main([*name.split(), str(place / "run"), *where, *options, *SMALL[name], *more])
 
 
@@ -107,5 +105,6 @@ def test_a_way_of_reading_is_for_a_corpus_that_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = [str(tmp_path / "out")] if name == "upgrade" else []
-    assert main([name, str(tmp_path), *where, "--encoding", "latin-1"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([name, str(tmp_path), *where, "--encoding", "latin-1"])
     assert "encoding='latin-1' is for a corpus named with --corpus" in capsys.readouterr().err
