@@ -27,6 +27,7 @@ from polyak.nn.rule_text import parse_rule
 from polyak.nn.splitting import oracle_of
 from polyak.rules import Oracle, State, Stream, UpdateRule, unit_interval
 from polyak.training.optimizers import Optimizers, check_groups, parameter_groups
+from polyak.training.runs.model_files import attention_calls
 from tests.nn.test_cost import per_token
 from tests.nn.test_one_token import check as decodes_one_token
 from tests.tiny_runs import run_config
@@ -226,6 +227,44 @@ def test_a_rule_sees_its_own_streams_only(registered: Register, tiny_model: Buil
         x, state = block(x, state)
     assert state._fields == ("v", "c")
     assert torch.equal(state.c, torch.full_like(state.c, 2))
+
+
+def test_every_call_of_attention_has_a_slot(
+    registered: Register, tiny_config: Config, tiny_model: Build
+) -> None:
+    class Twice(UpdateRule):
+        def step(self, x: Tensor, state: State, oracle: Oracle) -> tuple[Tensor, State]:
+            return x + oracle(x + oracle(x)), state
+
+    name = registered("twice", Twice)
+    for place, calls in (("1.attention", 3), ("mlp", 2)):
+        config = tiny_config(f"{name}@{place}+triple_momentum")
+        assert attention_calls(config) == calls
+        assert costs_of(config) == per_token(config, config.context_length)
+        decodes_one_token(tiny_model(config.rule))
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm_position"),
+    [
+        ("momentum", "post"),
+        pytest.param("linear", "pre", marks=pytest.mark.slow),
+        pytest.param("momentum", "pre", marks=pytest.mark.slow),
+        pytest.param("adaptive_momentum", "pre", marks=pytest.mark.slow),
+        pytest.param("adaptive_momentum", "post", marks=pytest.mark.slow),
+    ],
+)
+def test_places_hold_with_every_kind_of_attention(
+    kind: str, norm_position: str, tiny_config: Config, tiny_model: Build
+) -> None:
+    fields = {"attention": kind, "norm_position": norm_position}
+    for rule in COMPOSITES[:2]:
+        probe(tiny_config(rule, **fields))
+        model, input_ids = tiny_model(rule, **fields), ids(2, 7)
+        with torch.no_grad():
+            cache = KeyValueCache(7)
+            pieces = [model(piece, cache=cache) for piece in input_ids.split([3, 1, 2, 1], 1)]
+            assert (torch.cat(pieces, 1) - model(input_ids)).abs().max() < 1e-9
 
 
 def test_scalars_are_those_of_each_place(tiny_model: Build) -> None:
