@@ -75,7 +75,11 @@ def test_both_ends_are_those_of_a_dense_svd(rule: str, splitting: str, tiny_mode
                 close(result.sigma_max.value, values[0])
                 close(result.restricted_max.value, kept[0])
             close(exact.frobenius.value, jacobian.norm())
-            close(exact.sigma_min.value, kept[-1], 1e-6 if kept[-1] > 1e-9 * kept[0] else 1.0)
+            if kept[-1] > 1e-9 * kept[0]:
+                close(exact.sigma_min.value, kept[-1])
+            else:  # rounding, as of a stream that a step writes anew
+                assert exact.sigma_min.value is not None
+                assert exact.sigma_min.value < 1e-9 * kept[0]
             if found.sigma_min.kind == "value":
                 close(found.sigma_min.value, kept[-1])
                 assert found.kappa.value is not None

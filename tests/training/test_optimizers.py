@@ -69,9 +69,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
     assert all(p.ndim == 2 for p in groups["matrices"])
     matrices = 5 if fields.get("mlp") == "gated" else 4
     assert len(groups["matrices"]) == matrices * SIZE["num_layers"]
-    assert (not groups["scalars"]) == (
-        bool(options) or not declared.present_scalars(declared.resolve({}))
-    )
+    resolved = declared.resolve(options)
+    learned = set(declared.present_scalars(resolved)) - set(resolved["frozen"])
+    assert bool(groups["scalars"]) == bool(learned)
     for optimizer in ("muon", "adamw"):
         held = Optimizers(model, TrainingConfig(optimizer=optimizer)).all  # type: ignore[arg-type]
         stepped = [id(p) for one in held for group in one.param_groups for p in group["params"]]
