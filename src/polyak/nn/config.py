@@ -207,8 +207,8 @@ class ModelConfig:
 
         `paper`: the released models, and the defaults. `gpt2`: OpenAI's. `llama`: rotary
         positions, RMSNorm, SwiGLU, grouped-query attention, no biases, untied output.
-        `momentum_transformer`: of arXiv:2208.00579, post-norm, sinusoidal positions beside the
-        tokens, ReLU, biases, untied output.
+        `momentum_transformer`: of arXiv:2208.00579, momentum attention, post-norm, sinusoidal
+        positions beside the tokens, ReLU, biases, untied output.
 
         Raises:
             UnknownNameError: there is no such preset; the nearest is offered.

@@ -44,6 +44,7 @@ LLAMA: dict[str, Any] = {
 
 MOMENTUM_TRANSFORMER: dict[str, Any] = {
     **PAPER,
+    "attention": "momentum",
     "positions": "sinusoidal",
     "position_mix": "concatenated",
     "norm_position": "post",
