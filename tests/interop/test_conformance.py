@@ -157,6 +157,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
         {"splitting": "simultaneous"},
         {"positions": "rope"},
         {"positions": "none"},
+        {"attention": "linear"},
         {"positions": "sinusoidal"},
         {"norm_position": "post"},
         {"norm": "rms"},

@@ -188,6 +188,11 @@ def test_presets_are_the_backbones_they_are_named_for() -> None:
     assert (momentum.norm_position, momentum.activation, momentum.bias) == ("post", "relu", True)
     assert (momentum.positions, momentum.position_mix) == ("sinusoidal", "concatenated")
     assert momentum.token_width == 64
+    assert momentum.attention == "momentum"
+    assert momentum.rule == "residual_momentum@attention+gradient_descent@mlp"
+    assert (
+        ModelConfig.preset("momentum_transformer", rule="adam", attention="linear").rule == "adam"
+    )
     with pytest.raises(UnknownNameError, match="unknown preset 'lama'; did you mean 'llama'"):
         ModelConfig.preset("lama")
     for config in (gpt2, llama):

@@ -58,7 +58,8 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
         wanted: the rule with its options; the rule's point of descent fills in the rest.
 
     Raises:
-        ConfigError: the model is not gradient descent's, or the brackets change its architecture.
+        ConfigError: the model is not gradient descent's, its attention is not softmax, or the
+            brackets change its architecture.
     """
     if (
         config.rule != "gradient_descent"
@@ -67,6 +68,11 @@ def upgraded_config(config: ModelConfig, wanted: RuleText) -> tuple[ModelConfig,
         raise ConfigError(
             f"only models of rule gradient_descent can be upgraded; this one is {config.rule} with "
             f"options {config.rule_options}"
+        )
+    if config.attention != "softmax":
+        raise ConfigError(
+            f"only models with softmax attention can be upgraded; this one has attention="
+            f"{config.attention}: train it with the other rule from the start"
         )
     other = [name for name in wanted.of_the_model if name != "stream_start"]
     if other:

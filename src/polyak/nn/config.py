@@ -11,7 +11,7 @@ from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.attention_registry import KINDS
 from polyak.nn.backbone import MOST, check_backbone
-from polyak.nn.presets import Preset, preset_fields
+from polyak.nn.presets import RULES, Preset, preset_fields
 from polyak.settings import check_keys, typed
 
 Splitting = Literal["lie_trotter", "simultaneous"]
@@ -208,14 +208,16 @@ class ModelConfig:
         `paper`: the released models, and the defaults. `gpt2`: OpenAI's. `llama`: rotary
         positions, RMSNorm, SwiGLU, grouped-query attention, no biases, untied output.
         `momentum_transformer`: of arXiv:2208.00579, momentum attention, post-norm, sinusoidal
-        positions beside the tokens, ReLU, biases, untied output.
+        positions beside the tokens, ReLU, biases, untied output; and its residual momentum, where
+        no rule is given.
 
         Raises:
             UnknownNameError: there is no such preset; the nearest is offered.
             ConfigError: a field cannot work.
         """
         heads = fields.get("num_heads", cls().num_heads)
-        return cls(**{**preset_fields(name, heads), **fields})
+        rule = {"rule": RULES[name]} if name in RULES else {}
+        return cls(**{**rule, **preset_fields(name, heads), **fields})
 
     def preset_fields(self, name: str, num_heads: int | None = None) -> dict[str, Any]:
         """What a preset sets in this model, or in one of `num_heads`; see `settings`."""

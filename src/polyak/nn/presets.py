@@ -54,6 +54,9 @@ MOMENTUM_TRANSFORMER: dict[str, Any] = {
 }
 """The backbone of arXiv:2208.00579's copy task and images; its coefficients are the task's."""
 
+RULES = {"momentum_transformer": "residual_momentum@attention+gradient_descent@mlp"}
+"""The rule of a preset that has one, where none is named beside it."""
+
 _FIXED = {"paper": PAPER, "gpt2": GPT2, "momentum_transformer": MOMENTUM_TRANSFORMER}
 
 

@@ -201,6 +201,9 @@ def test_a_preset_wins_over_the_base_and_loses_against_what_stands_beside_it(
     assert llama.model.num_kv_heads == 2
     paper = recipes.load(write('base = "base.toml"\n[model]\npreset = "paper"\n')).model
     assert (paper.norm, paper.bias, paper.num_heads) == ("layer", False, 8)
+    text = 'base = "base.toml"\n[model]\npreset = "momentum_transformer"\n'
+    assert recipes.load(write(text)).model.rule.startswith("residual_momentum@attention+")
+    assert recipes.load(write(text + 'rule = "adam"\n')).model.rule == "adam"
     write(HEAD + '[model]\nattention = "momentum"\nattention_options.mu = 0.3\n', "base.toml")
     for inside, kept in (("bias = true", {"mu": 0.3}), ('preset = "paper"', {})):
         model = recipes.load(write(f'base = "base.toml"\n[model]\n{inside}\n')).model

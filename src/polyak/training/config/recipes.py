@@ -28,7 +28,7 @@ from typing import Any
 
 from polyak.errors import ConfigError, UnknownNameError, unknown
 from polyak.nn.config import ModelConfig
-from polyak.nn.presets import Preset, preset_fields
+from polyak.nn.presets import RULES, Preset, preset_fields
 from polyak.settings import convert, parse, parse_free
 from polyak.training.config.run import RunConfig
 from polyak.training.config.training import TrainingConfig
@@ -206,7 +206,8 @@ def layered(below: Settings, settings: Settings) -> Settings:
     if preset is not None:
         heads = {**below, **above}.get("model.num_heads", ModelConfig().num_heads)
         fields = {f"model.{name}": value for name, value in preset_fields(preset, heads).items()}
-        above = {**fields, **above}
+        rule = {"model.rule": RULES[preset]} if preset in RULES else {}
+        above = {**rule, **fields, **above}
     return {**_without_other_pieces(below, above), **above}
 
 
