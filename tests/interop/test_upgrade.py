@@ -303,5 +303,5 @@ def test_the_initial_weights_are_the_runs_and_dropout_may_differ(run: Path, tmp_
 
 def test_only_softmax_attention_is_upgraded(tiny_model: Build) -> None:
     source = tiny_model("gradient_descent", attention="linear")
-    with pytest.raises(ConfigError, match="softmax attention .* has attention=linear"):
+    with pytest.raises(ConfigError, match=r"softmax attention .* has attention=linear"):
         upgrade(source, parse_rule("heavy_ball"), no_text)
