@@ -101,6 +101,9 @@ class Settings:
         return 1.0 if self.scale == "none" else float(head_dim**-0.5)
 
 
+_KNOWN = tuple(field.name for field in fields(Settings))  # torch.compile cannot ask for them
+
+
 def settings_of(options: AttentionOptions) -> Settings:
     """The options given and the defaults of the others.
 
@@ -108,10 +111,9 @@ def settings_of(options: AttentionOptions) -> Settings:
         UnknownNameError: an option, feature map or scale that does not exist.
         ConfigError: a value that cannot work.
     """
-    known = [f.name for f in fields(Settings)]
     for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
+        if name not in _KNOWN:
+            raise unknown("option", name, _KNOWN)
     return Settings(**options)
 
 
