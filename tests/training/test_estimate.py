@@ -121,6 +121,16 @@ def test_estimated_peaks_of_other_backbones_are_those_measured(rule: str, preset
     )
 
 
+@pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
+def test_estimated_peaks_of_attention_with_a_state_are_those_measured(kind: str) -> None:
+    run = config("activations")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=kind))
+    found = memory(run)
+    assert (found.forward_backward, found.update, found.validation) == pytest.approx(
+        measured(run), rel=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "training"),
     [

@@ -36,6 +36,9 @@ from polyak.training.loss import LossModule
 from polyak.training.optimizers import Optimizers
 
 # `polyak.ops` has a function of that name
+_walk: Any = importlib.import_module("polyak.ops.attention.walk")
+_adaptive: Any = importlib.import_module("polyak.ops.attention.adaptive")
+_options: Any = importlib.import_module("polyak.ops.attention.options")
 _vocabulary: Any = importlib.import_module("polyak.ops.linear_cross_entropy")
 
 VALIDATION_SEQUENCES = 32
@@ -221,9 +224,10 @@ def _autocast(bfloat16: bool) -> AbstractContextManager[Any]:
 def _as_with_data(cuda: bool) -> Iterator[None]:
     """Take fake tensors through the forms that tensors with data take, for this module's use.
 
-    The loss over the vocabulary has a plain form for tensor subclasses, which fake tensors are to
-    Python; it and the inverse square root go through up to thousands of slices, all alike, which
-    would take minutes. Here they make their work space and results, and few slices or none.
+    Attention with a state and the loss over the vocabulary have plain forms for tensor subclasses,
+    which fake tensors are to Python, and attention looks at its coefficients' values. The loss and
+    the inverse square root go through up to thousands of slices, all alike, which would take
+    minutes. Here they make their work space and results, and few slices or none.
     """
 
     def slices(m: Tensor, r: Tensor, steps: int, matrices: int) -> list[Tensor]:
@@ -250,6 +254,11 @@ def _as_with_data(cuda: bool) -> Iterator[None]:
     def first_chunks(tokens: int, largest: int) -> Iterator[slice]:
         yield from itertools.islice(all_chunks(tokens, largest), 2)
 
+    def at_hand(tensor: Tensor) -> bool:
+        return False
+
+    attention = _walk.ordinary, _adaptive.ordinary, _options._values_at_hand
+    _walk.ordinary, _adaptive.ordinary, _options._values_at_hand = ordinary, ordinary, at_hand
     kept = inverse_sqrt._value, inverse_sqrt._vjp
     all_chunks, kept_ordinary = _vocabulary._chunks, _vocabulary._ordinary
     inverse_sqrt._value, inverse_sqrt._vjp = value, vjp
@@ -257,5 +266,6 @@ def _as_with_data(cuda: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        _walk.ordinary, _adaptive.ordinary, _options._values_at_hand = attention
         inverse_sqrt._value, inverse_sqrt._vjp = kept
         _vocabulary._chunks, _vocabulary._ordinary = all_chunks, kept_ordinary

@@ -1,7 +1,10 @@
 """The loop over a chunk's tokens that gives adaptive momentum its coefficients, and its gradient.
 
 Its arrays are small (rows of the batch and heads × tokens of the chunk), and it is all overhead:
-NumPy's is a fifth of torch's.  It runs on the memory of CPU tensors, in the tensors' own precision.
+NumPy's is a fifth of torch's, which is why this one file of `ops/` imports NumPy.  Compiled by
+torch the loop would need a C++ compiler on the machine and a compilation for every shape; without
+one it would be torch's calls again.  It runs on the memory of CPU tensors, in the tensors' own
+precision.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def loop(
         size: |P|² before the chunk, (R,).
         held: (free, fixed), (R, C): μ is μ·free + fixed.
     """
-    if change.is_meta:
+    if without_data(change):
         return _trace(change)
     tiny = torch.finfo(change.dtype).tiny
     if bool((size > tiny).all()):
@@ -95,6 +98,11 @@ def _loop(
     return found
 
 
+def without_data(tensor: Tensor) -> bool:
+    """Whether a tensor has only a shape: where products are counted, or memory is estimated."""
+    return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
+
+
 def _trace(change: Tensor) -> Trace:
     """Room for what the loop leaves."""
     rows, tokens = change.shape
@@ -112,7 +120,7 @@ def loop_back(
     """Gradients of `loop` with respect to change, gram, along and size, from those of μ (R, C)."""
     mus, x, y, a = trace
     tokens, rows, _ = mus.shape
-    if mus.is_meta:
+    if without_data(mus):
         by_gram = y.new_empty(rows, tokens, tokens)
         return torch.empty_like(by_mu), by_gram, torch.empty_like(by_mu), a[0, :, 0]
     own = _own(y)
