@@ -63,6 +63,23 @@ def test_a_file_that_is_no_part_is_named(tmp_path: Path) -> None:
         done(part, tmp_path)
 
 
+def test_a_part_that_was_changed_since_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    part = _part("one", [])
+    measure_all([part], tmp_path, after_each=lambda *_: None)
+    content = json.loads(part.file(tmp_path).read_text())
+    for change, says in (
+        ({"found": {"value": 7}}, "was changed since it was measured; remove it"),
+        ({"found": [7]}, "found must be an object .*remove it"),
+        ({"key": "x"}, "key must be an object .*remove it"),
+    ):
+        part.file(tmp_path).write_text(json.dumps({**content, **change}))
+        with pytest.raises(RunError, match=says):
+            done(part, tmp_path)
+    older = {name: value for name, value in content.items() if name != "sha256"}
+    part.file(tmp_path).write_text(json.dumps(older))
+    assert done(part, tmp_path) == content["found"]
+
+
 def test_a_failed_measurement_leaves_no_file(tmp_path: Path) -> None:
     def fail(_: Any) -> dict[str, Any]:
         raise RunError("no")
