@@ -134,7 +134,8 @@ class TrainDisplay:
         loss = "skipped" if message["loss"] is None else f"loss {message['loss']:.4f}"
         text = f"step {step:,}/{steps:,}  {loss}"
         if speed is not None and left is not None:
-            text += f"  {speed:,.0f} tokens/s  {_duration(left)} left"
+            text += f"  {speed:,.0f} tokens/s"
+            text += f"  {_duration(left)} left" if step < steps else ""
         if self.console.is_terminal:
             self._live(step, steps, text)
         elif now - self._printed >= PLAIN_EVERY or step == steps:
