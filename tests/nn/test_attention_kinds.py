@@ -14,6 +14,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from polyak import ModelConfig, Transformer, ops, rules
+from polyak.analysis.groups import parameter_groups as analysed_groups
 from polyak.errors import AttentionError, ConfigError, PolyakError, RuleError
 from polyak.nn import attention
 from polyak.nn.attention import Attention
@@ -240,6 +241,8 @@ def test_learned_coefficients_are_scalars(tiny_config: Callable[..., ModelConfig
     scalars = parameter_groups(model)["scalars"]
     assert any(p is model.attention_scalars["gamma_raw"] for p in scalars)
     assert any(p is model.blocks[1].attention.mu_raw for p in scalars)
+    names = analysed_groups(model)["scalars"]
+    assert {"attention_scalars.gamma_raw", "blocks.0.attention.mu_raw"} <= set(names)
     assert model.blocks[1].attention.mu_raw.shape == (3,)
     assert "attention.mu" not in Transformer(tiny_config("nesterov")).scalars()
     with pytest.raises(AttentionError, match=r"gamma is the model's: pass Transformer\.context"):

@@ -6,13 +6,14 @@ import re
 
 from torch import nn
 
+from polyak.nn.attention import Attention
 from polyak.rules import UpdateRule
 
 GROUPS = ("embeddings", "streams", "attention", "mlp", "norms", "scalars", "output", "other")
 """In the order they are shown. `embeddings`: token and position tables (and the output matrix, if
 it is tied to them); `streams`: tables of auxiliary streams; `attention` and `mlp`: their matrices
-and biases; `norms`: gains and biases of every norm, the rules' included; `scalars`: the rules';
-`output`: an untied output matrix; `other`: what no name tells."""
+and biases; `norms`: gains and biases of every norm, the rules' included; `scalars`: the rules'
+and attention's; `output`: an untied output matrix; `other`: what no name tells."""
 
 _ATTENTION = re.compile(r"(^|[._])(self_)?att(n|ention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d?|dense_h_to_4h|dense_4h_to_h)([._]|$)")
@@ -35,7 +36,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 def _group(model: nn.Module, name: str) -> str:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    if isinstance(owner, UpdateRule) and leaf.endswith("_raw"):
+    coefficients = isinstance(owner, UpdateRule | Attention) or path == "attention_scalars"
+    if coefficients and leaf.endswith("_raw"):
         return "scalars"
     if isinstance(owner, nn.Embedding):
         return "streams" if name.startswith("streams.") else "embeddings"
