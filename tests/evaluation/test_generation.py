@@ -15,7 +15,7 @@ from polyak.errors import ConfigError, DataError
 from polyak.evaluation.decoder import Decoder
 from polyak.evaluation.generation import Generation, complete, generate
 from polyak.evaluation.sampling_config import SamplingConfig
-from polyak.nn.one_token import OneToken
+from polyak.nn.decoding.one_token import OneToken
 
 Build = Callable[..., Transformer]
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=12)

@@ -11,7 +11,7 @@ import torch
 from polyak import ModelConfig, Transformer, rules
 from polyak.evaluation.decoder import Decoder
 from polyak.nn.cache import KeyValueCache
-from polyak.nn.one_token import OneToken
+from polyak.nn.decoding.one_token import OneToken
 from polyak.nn.presets import preset_fields
 from polyak.rules import Stream, UpdateRule, state_norm, unit_interval
 
@@ -130,7 +130,7 @@ def test_a_state_goes_on_beyond_the_context(kind: str, tiny_model: Build) -> Non
 def test_matrices_in_blocks_are_the_same(
     fields: dict[str, Any], tiny_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyak.nn.one_vector.LARGE", 1)
+    monkeypatch.setattr("polyak.nn.decoding.one_vector.LARGE", 1)
     check(tiny_model("triple_momentum", **fields))
 
 

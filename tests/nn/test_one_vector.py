@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polyak.nn.one_vector import LARGE, blocks, is_large, product
+from polyak.nn.decoding.one_vector import LARGE, blocks, is_large, product
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])

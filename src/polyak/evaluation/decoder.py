@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polyak.errors import ConfigError
 from polyak.nn.cache import KeyValueCache
-from polyak.nn.one_token import OneToken
+from polyak.nn.decoding.one_token import OneToken
 from polyak.nn.transformer import Transformer
 
 

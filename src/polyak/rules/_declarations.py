@@ -69,7 +69,7 @@ class Scalar:
     def __get__(self, rule: Any, owner: type | None = None) -> Any:
         if rule is None:
             return self
-        ready = rule.__dict__.get(self.name)  # see polyak.nn.one_token
+        ready = rule.__dict__.get(self.name)  # see polyak.nn.decoding.one_token
         if ready is not None:
             return ready
         raw = getattr(rule, f"{self.name}_raw")

@@ -1,4 +1,4 @@
-"""Positions of one token at a time, read off tables: for `polyak.nn.one_token`."""
+"""Positions of one token at a time, read off tables: for `polyak.nn.decoding.one_token`."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from polyak.nn.attention import Attention
 from polyak.nn.attention._matrix import MatrixAttention
 from polyak.nn.attention.softmax import SoftmaxAttention
 from polyak.nn.cache import KeyValueCache
+from polyak.nn.decoding.one_position import Sinusoids, Turn
+from polyak.nn.decoding.one_state import KINDS, OneState, Scratch
+from polyak.nn.decoding.one_vector import is_large, product
 from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
-from polyak.nn.one_position import Sinusoids, Turn
-from polyak.nn.one_state import KINDS, OneState, Scratch
-from polyak.nn.one_vector import is_large, product
 from polyak.nn.placement import step as any_step
 from polyak.nn.splitting import norm_after
 from polyak.nn.transformer import Transformer
