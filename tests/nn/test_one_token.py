@@ -102,13 +102,14 @@ def test_attention_with_a_state_gets_the_logits_of_the_full_forward(
 ) -> None:
     given = {"attention": kind, "attention_options": options}
     check(tiny_model("triple_momentum", **given))
-    check(tiny_model("gradient_descent", splitting="simultaneous", **{**given, **QWEN}))
+    check(tiny_model("gradient_descent", splitting="simultaneous", **{**QWEN, **given}))
     check(tiny_model("nesterov", dtype=torch.float32, **given), 2e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
 def test_a_state_goes_on_beyond_the_context(kind: str, tiny_model: Build) -> None:
-    model = tiny_model("nesterov", attention=kind, **{**LLAMA, "num_heads": 4, "d_model": 16})
+    shape = {"num_heads": 4, "d_model": 16, "attention": kind}
+    model = tiny_model("nesterov", **{**LLAMA, **shape})
     ids = torch.randint(11, (2, 30))
     with torch.inference_mode():
         expected = model(ids)
