@@ -20,7 +20,11 @@ from polyak.analysis.hessian import Surface, dense
 from polyak.analysis.lanczos import extremes
 from polyak.errors import ConfigError, DataError
 
-every_rule = pytest.mark.parametrize("rule", rules.names())
+MATRICES = ("muon", "ortho", "shampoo", "soap")  # the rules of which a Hessian takes longest
+every_rule = pytest.mark.parametrize(
+    "rule",
+    [pytest.param(r, marks=pytest.mark.slow if r in MATRICES else ()) for r in rules.names()],
+)
 Build = Callable[..., Transformer]
 Surfaces = Callable[..., Surface]
 

@@ -292,6 +292,7 @@ def test_what_has_not_converged_is_a_bound(tiny_model: Build) -> None:
     assert found.kappa.kind == "lower bound"
 
 
+@pytest.mark.slow
 def test_a_map_too_large_for_pieces_gets_its_top_and_bounds(tiny_model: Build) -> None:
     model = tiny_model("soap", num_heads=4)
     given = ids(model)

@@ -85,6 +85,7 @@ def test_entries_of_a_comparison_differ_in_attention(
     assert "attention" not in results["settings"]["model"]
 
 
+@pytest.mark.slow
 def test_a_users_kind_is_tried_kept_and_asked_for(
     corpus: Path, tmp_path: Path, capsys: Streams
 ) -> None:

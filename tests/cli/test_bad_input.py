@@ -227,6 +227,7 @@ def test_a_read_only_folder_is_one_line(corpus: Path, tmp_path: Path, capsys: St
         check(*run([*words, str(disk / "new")], capsys), "Read-only file system")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(
     corpus: Path, tmp_path: Path, capsys: Streams
 ) -> None:

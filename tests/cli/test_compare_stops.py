@@ -85,6 +85,7 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_killed_and_interrupted_comparisons_lose_nothing_finished(
     place: Path, tmp_path: Path
@@ -213,6 +214,7 @@ def test_a_worker_that_is_killed_is_one_failed_run(
 # Sweeps
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_entry_its_own_best_rate_on_other_seeds(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_run_of_several_rules_is_trained_resumed_and_reported(
     assert not frozen.blocks[0].rules["attention"].beta1_raw.requires_grad  # type: ignore[index,union-attr]
 
 
+@pytest.mark.slow
 def test_a_users_files_in_parts_are_kept_and_need_the_word(
     tmp_path: Path,
 ) -> None:

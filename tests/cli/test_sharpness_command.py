@@ -115,6 +115,7 @@ def test_a_group_is_the_dense_block(runs: Path, tmp_path: Path) -> None:
     assert part["trace"]["deflated"]["value"] == pytest.approx(float(values.sum()), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["sharpness", str(runs / "gradient_descent"), "--out", str(out)]

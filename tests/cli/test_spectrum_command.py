@@ -68,6 +68,7 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
     assert found["sigma_min"]["value"] == pytest.approx(float(values[-1]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [

@@ -265,6 +265,7 @@ def test_paths_are_as_a_shell_has_them(tmp_path: Path, corpus: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == []
 
 
+@pytest.mark.slow
 def test_the_line_that_began_a_run_goes_on_with_it(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         '\ufeffbase = "quick"\r\n[training]\r\nmuon_lr = 0.01\r\nsteps = 4\r\n', encoding="utf-8"
@@ -305,6 +306,7 @@ def test_the_line_that_began_a_run_goes_on_with_it(corpus: Path, tmp_path: Path)
     assert (tmp_path / "more/result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_that_had_fewer_settings_goes_on(corpus: Path, tmp_path: Path) -> None:
     def train(*words: object) -> tuple[int, str]:
         done = polyak("train", "--out", "out", *words, cwd=tmp_path, cache=tmp_path / "cache")

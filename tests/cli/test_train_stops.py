@@ -134,6 +134,7 @@ def log_of_killed(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(place: Path) -> None:
     kill_often(place, 3, seed=1)
@@ -239,6 +240,7 @@ def test_a_full_disk_ends_in_one_line_that_names_the_last_good_checkpoint(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_ends_in_one_line(place: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=8m") as disk:
         done = polyak(*words("--out", disk / "run", steps=2), cwd=place, cache=place / "cache")
@@ -267,6 +269,7 @@ def test_divergence_names_the_step_the_parameter_and_the_last_good_checkpoint(pl
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(place: Path) -> None:
     given = words("--out", "run", "--rule", "twin.py:Now", "--set", "training.skip_nonfinite=2")
     (place / "twin.py").write_text(

@@ -55,7 +55,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-@pytest.mark.parametrize("kind", ["txt", pytest.param("jsonl", marks=pytest.mark.slow), "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["txt", *(pytest.param(k, marks=pytest.mark.slow) for k in ("jsonl", "parquet"))]
+)
 def test_peak_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
     peaks = []
     for megabytes in (18, 54):  # a text file of this size is one document

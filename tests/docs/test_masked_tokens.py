@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_runs import environment
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 def test_the_masked_token_example_trains_two_rules(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(DOCS / "examples" / "masked_tokens.py"), "2"],

@@ -217,6 +217,7 @@ def test_the_command_shows_scores_and_says_what_was_cut(
         assert all(score["standard_error"] is not None for score in run["scores"])
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_folders_are_one_line(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UnknownNameError, match="unknown task 'tiny_chose'; did you mean 'tiny_choose'"

@@ -141,6 +141,7 @@ def test_a_norm_left_out_is_detected_where_nothing_usual_fits(
         pytest.fail(str(error))
 
 
+@pytest.mark.slow
 def test_imported_runs_serve_where_runs_do(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path)
     state = weights("triple_momentum")

@@ -216,6 +216,7 @@ def test_derivatives_of_a_block_are_right(rule: str, backbone: str, build: Build
     assert (reverse - forward).abs().max() <= 1e-9 * max(1.0, float(reverse.detach().abs().max()))
 
 
+@pytest.mark.slow
 @every_backbone
 def test_a_compiled_block_is_the_same_function(backbone: str, build: Build) -> None:
     model = build("triple_momentum", backbone)

@@ -72,6 +72,7 @@ def test_its_run_is_evaluated_on_the_tokens_that_it_was_validated_on(kept: Path)
     assert loss == pytest.approx(ended["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @each_release
 def test_its_run_keeps_its_split_also_where_the_whole_line_is_repeated(kept: Path) -> None:
     recorded = RunFolder(kept / "run").recorded()

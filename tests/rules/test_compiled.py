@@ -1,7 +1,7 @@
 """torch.compile changes nothing but speed.
 
-Every rule is captured into graphs, forward and backward, by the ahead-of-time tracer; one is
-compiled to native code in every run, the rest where `slow` tests run.
+Every rule is captured into graphs, forward and backward, by the ahead-of-time tracer, and compiled
+to native code where `slow` tests run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from polyak import Transformer, rules
 
-IN_EVERY_RUN = ("gradient_descent",)
 WITH_BREAKS = ("muon", "ortho", "shampoo", "soap")
 """Their matrix functions have forward-mode derivatives of their own, which the tracer cannot take
 in (torch 2.13): the graph breaks there and they run as they are."""
@@ -52,13 +51,8 @@ def test_a_block_captured_into_graphs_is_the_same_function(rule: str, tiny_model
     check(rule, "aot_eager", tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs g++")
-@pytest.mark.parametrize(
-    "rule",
-    [
-        pytest.param(rule, marks=() if rule in IN_EVERY_RUN else pytest.mark.slow)
-        for rule in rules.names()
-    ],
-)
+@pytest.mark.parametrize("rule", rules.names())
 def test_a_compiled_block_is_the_same_function(rule: str, tiny_model: Build) -> None:
     check(rule, "inductor", tiny_model)

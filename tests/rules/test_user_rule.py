@@ -38,6 +38,7 @@ def test_the_example_without_velocity_is_gradient_descent() -> None:
             assert torch.allclose(own(ids), plain(ids), atol=1e-5) is expected
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_is_compared_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

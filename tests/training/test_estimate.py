@@ -121,7 +121,13 @@ def test_estimated_peaks_of_other_backbones_are_those_measured(rule: str, preset
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linear",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("momentum", "adaptive_momentum")),
+    ],
+)
 def test_estimated_peaks_of_attention_with_a_state_are_those_measured(kind: str) -> None:
     run = config("activations")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=kind))

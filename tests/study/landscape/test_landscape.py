@@ -125,6 +125,7 @@ def test_correlations_are_over_kinds_and_adjusted_together(measured: dict[str, A
     assert min(tested) >= 2 / 6 - 1e-12
 
 
+@pytest.mark.slow
 def test_a_second_start_measures_nothing_again(
     work: Path, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_second_start_measures_nothing_again(
     assert [run["values"] for run in again["runs"]] == [run["values"] for run in measured["runs"]]
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(
     work: Path, measured: dict[str, Any]
 ) -> None:

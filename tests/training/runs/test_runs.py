@@ -175,7 +175,7 @@ def test_a_last_line_that_was_cut_is_left_out(finished: Path) -> None:
 def test_a_spoilt_line_is_named(finished: Path) -> None:
     run = RunFolder(finished)
     for spoilt in ("not json", "[1]", '{"step": 1}'):
-        run.metrics_file.write_text('{"kind": "train"}\n' + spoilt + "\n")
+        run.metrics_file.write_text('{"kind": "train", "step": 0}\n' + spoilt + "\n")
         with pytest.raises(RunError, match=r"metrics.jsonl, line 2: not a row") as caught:
             run.metrics("train")
         one_line(caught.value)
