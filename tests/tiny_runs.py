@@ -65,8 +65,9 @@ def command(*words: object) -> list[str]:
 
 
 def heeding() -> None:
-    """For `preexec_fn`: heed Ctrl-C, also where this test was started to ignore it (`&`)."""
+    """For `preexec_fn`: heed signals, also where this test was started to ignore them (`&`, nohup)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def polyak(

@@ -149,6 +149,7 @@ def test_mistakes_that_depend_on_the_processes_are_one_line(words: Words, tmp_pa
         done = several(2, *command, check=False)
         assert done.returncode != 0
         told = [line for line in done.stderr.splitlines() if line.startswith("polyak train: ")]
-        assert len(told) >= 1
-        assert all(message in line for line in told)
+        assert any(message in line for line in told), done.stderr
+        # torchrun may end the others before they have got as far
+        assert all(message in line or "SIGTERM" in line for line in told), done.stderr
         assert not (tmp_path / "bad" / "metrics.jsonl").exists()
