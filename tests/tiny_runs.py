@@ -65,7 +65,7 @@ def command(*words: object) -> list[str]:
 
 
 def heeding() -> None:
-    """For `preexec_fn`: heed signals, also where this test was started to ignore them (`&`, nohup)."""
+    """For `preexec_fn`: heed signals, also where tests began with them ignored (`&`, nohup)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
