@@ -43,14 +43,7 @@ class Placed:
 
     def make(self, config: ModelConfig) -> UpdateRule:
         """An instance, for one substep of one layer."""
-        return self.rule(
-            config.d_model,
-            config.num_heads,
-            norm_eps=config.norm_eps,
-            bias=config.bias,
-            norm_kind=config.norm,
-            options=self.options,
-        )
+        return self.rule(config.d_model, config.num_heads, **self._settings(config))
 
     def step_cost(self, config: ModelConfig) -> StepCost:
         """One token's cost of one step.
@@ -60,15 +53,15 @@ class Placed:
         """
         from polyak.rules._cost import step_cost
 
-        return step_cost(
-            self.rule,
-            config.d_model,
-            config.num_heads,
-            norm_eps=config.norm_eps,
-            bias=config.bias,
-            norm_kind=config.norm,
-            options=self.options,
-        )
+        return step_cost(self.rule, config.d_model, config.num_heads, **self._settings(config))
+
+    def _settings(self, config: ModelConfig) -> dict[str, Any]:
+        return {
+            "norm_eps": config.norm_eps,
+            "bias": config.bias,
+            "norm_kind": config.norm,
+            "options": self.options,
+        }
 
 
 @dataclass(frozen=True)

@@ -125,27 +125,21 @@ class OneToken:
         return self._head(self._norm(x))[0]
 
     def _attention(self, module: Attention) -> Oracle:
-        norm, out = _pre_norm(module), product(module.out.weight, module.out.bias)
+        out = product(module.out.weight, module.out.bias)
         queries, groups, d = module.num_heads, module.num_kv_heads, module.head_dim
-        turned = queries + groups
-        split, grouped, kept = (-1, 1, d), (groups, -1, d), (2, groups, 1, d)
+        grouped, kept = (groups, -1, d), (2, groups, 1, d)
         flat = (1, 1, queries * d)
-        gain, rotary, turn = _head_gain(module), module.rope_theta is not None, self._turn
         weight: Tensor = module.qkv.weight
         bias: Tensor | None = module.qkv.bias
         scale = d**-0.5
-        if gain is None and not is_large(weight):  # scaled once instead of for every token
+        if module.q_norm is None and not is_large(weight):  # scaled once instead of for every token
             rows = weight.new_ones(weight.shape[0])
             rows[: queries * d] = scale
             weight, bias, scale = weight * rows[:, None], None if bias is None else bias * rows, 1.0
-        qkv = product(weight, bias)
+        heads_of = self._heads(module, product(weight, bias))
 
         def oracle(x: Tensor) -> Tensor:
-            heads = qkv(norm(x)).view(split)
-            if gain is not None:
-                heads = torch.cat((gain(heads[:turned]), heads[turned:]))
-            if rotary:
-                heads = turn(heads)
+            heads = heads_of(x)
             slot = self._slot
             self._slot += 1
             self._new[slot].copy_(heads[queries:].view(kept))
@@ -156,18 +150,26 @@ class OneToken:
 
         return oracle
 
-    def _state_of(self, module: MatrixAttention) -> Oracle:
-        norm, out = _pre_norm(module), product(module.out.weight, module.out.bias)
-        qkv = product(module.qkv.weight, module.qkv.bias)
-        turned, split = module.num_heads + module.num_kv_heads, (-1, 1, module.head_dim)
+    def _heads(self, module: Attention, qkv: Oracle) -> Oracle:
+        """Queries, keys and values of x (1, 1, d) as (H + 2H_kv, 1, D), normed and turned."""
+        norm, split = _pre_norm(module), (-1, 1, module.head_dim)
+        turned = module.num_heads + module.num_kv_heads
         gain, rotary, turn = _head_gain(module), module.rope_theta is not None, self._turn
 
-        def oracle(x: Tensor) -> Tensor:
+        def heads_of(x: Tensor) -> Tensor:
             heads = qkv(norm(x)).view(split)
             if gain is not None:
                 heads = torch.cat((gain(heads[:turned]), heads[turned:]))
-            if rotary:
-                heads = turn(heads)
+            return turn(heads) if rotary else heads
+
+        return heads_of
+
+    def _state_of(self, module: MatrixAttention) -> Oracle:
+        out = product(module.out.weight, module.out.bias)
+        heads_of = self._heads(module, product(module.qkv.weight, module.qkv.bias))
+
+        def oracle(x: Tensor) -> Tensor:
+            heads = heads_of(x)
             slot = self._slot
             self._slot += 1
             state = self._states[slot]
