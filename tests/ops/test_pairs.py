@@ -69,6 +69,28 @@ def test_leading_dimensions_only_batch(pair: Pair) -> None:
     assert relative(folded.flatten(0, 1), expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pair", [pytest.param(p, id=p.name) for p in PAIRS if p.differentiable])
+def test_a_token_depends_on_itself_alone_to_the_last_bit(pair: Pair, dtype: torch.dtype) -> None:
+    # Models are causal to the last bit only if every op is: what the rest of a batch holds, be it
+    # converged, huge or not a number, must not choose how the first three tokens are computed.
+    torch.manual_seed(0)
+    arguments = pair.make_inputs(12, 2, 5, dtype)
+    cotangent = torch.randn_like(pair.fast(*arguments))
+    own = [i for i, a in enumerate(arguments) if a.shape[0] == 12]
+
+    def kept(factor: float) -> list[Tensor]:
+        changed = [a.clone() for a in arguments]
+        for i in own:
+            changed[i][3:] *= factor
+        value, *gradients = value_and_gradients(pair.fast, tuple(changed), cotangent)
+        return [value[:3], *(gradients[i][:3] for i in own)]
+
+    expected = kept(1.0)
+    for factor in (1e-3, 60.0, 0.0, torch.nan):
+        assert all(map(torch.equal, kept(factor), expected)), factor
+
+
 @pytest.mark.parametrize("pair", DIFFERENTIABLE)
 def test_numerical_derivatives_of_first_and_second_order_agree(pair: Pair) -> None:
     arguments = [a.requires_grad_() for a in inputs(pair, n=1)]

@@ -74,8 +74,7 @@ def inverse_sqrt_apply(m: Tensor, r: Tensor, steps: int = 10) -> Tensor:
 def inverse_sqrt_apply_flops(heads: int, head_dim: int, steps: int = 10) -> tuple[int, int]:
     """Matrix-product FLOPs per token of the fast form: (forward, backward).
 
-    Counts 2 per multiply-add, as torch's FlopCounterMode does.  On a CPU the recursion ends
-    early once every token of a chunk has converged, which this does not count.
+    Counts 2 per multiply-add, as torch's FlopCounterMode does.
     """
     thin, full = heads * head_dim**2, head_dim**3
     forward = steps * thin + (2 * steps - 2) * full
@@ -185,24 +184,14 @@ def _scaled(r: Tensor, norm: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _converged(w: Tensor) -> bool:
-    """Whether further iterations change nothing but rounding: every eigenvalue of W is 1.
-
-    They lie in (0, 1], so tr(I − W) bounds 1 − w, and each iteration squares 1 − w.  Reading the
-    value back is free on a CPU only; elsewhere, and on tensors without data, no test is made.
-    """
-    if type(w) is not Tensor or w.device.type != "cpu" or w.shape[0] == 0:
-        return False
-    gap = w.shape[-1] - trace(w).min()
-    return bool(gap < torch.finfo(w.dtype).eps ** 0.5 / 16)
-
-
 def _recursion(
     m: Tensor, r: Tensor, steps: int, z: list[Tensor], w: Tensor, half: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Run the recursion on one chunk; returns M₀ … M_K and n.
 
-    Z_k is written into z[k mod len(z)]; `w` and `half` are work space.
+    All `steps` iterations, whatever the values: to stop once a chunk has converged would let a
+    token's last bits depend on its neighbours, later ones among them.  Z_k is written into
+    z[k mod len(z)]; `w` and `half` are work space.
     """
     norm = _frobenius(r)
     _scaled(r, norm, out=w)
@@ -212,11 +201,9 @@ def _recursion(
         torch.mul(w, -0.5, out=factor)
         factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
         iterates.append(torch.bmm(iterates[-1], factor))
-        # The last iteration needs no new W; the first four are never the last at usual sizes.
-        if step == steps - 1 or (step >= 4 and _converged(w)):
-            break
-        torch.bmm(w, factor, out=half)
-        torch.bmm(half, factor, out=w)
+        if step < steps - 1:  # the last iteration needs no new W
+            torch.bmm(w, factor, out=half)
+            torch.bmm(half, factor, out=w)
     return iterates, norm
 
 
