@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -25,13 +25,26 @@ SOFTPLUS_ONE = math.log(math.e - 1)
 
 @dataclass(frozen=True)
 class Reduction:
-    """A rule, with these raw scalars and fields, is `to` with those fields."""
+    """A rule, with these raw scalars and fields, is `to` with those fields.
+
+    `renamed`: what `to` calls a scalar that has another name there.
+    """
 
     to: str
     raw: dict[str, float] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     to_fields: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-12
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By the names of `to`."""
+        found = {}
+        for name, value in values.items():
+            for ours, theirs in self.renamed.items():
+                name = name.replace(f".{ours}_raw", f".{theirs}_raw")
+            found[name] = value
+        return found
 
 
 WRAPPER: dict[str, Any] = {"rule_options": {"update_norm": "layer"}, "norm_eps": 0.0}
@@ -54,6 +67,12 @@ REDUCTIONS = {
     "shampoo": Reduction("gradient_descent", {"betaR": ONE}, EXACT, WRAPPER, 1e-9),
     "soap": Reduction("shampoo", {"beta1": ZERO}),
     "residual_momentum": Reduction("gradient_descent", {"mu": ZERO, "s": SOFTPLUS_ONE}),
+    "spherical": Reduction(
+        "gradient_descent",
+        {"phi": ONE},
+        to_fields={"rule_options": {"update_norm": "layer"}},
+        renamed={"nu": "gamma"},
+    ),
 }
 
 
@@ -86,13 +105,31 @@ def test_reduction_of_the_docstring(rule: str, splitting: str, tiny_model: Build
     target = tiny_model(reduction.to, splitting=splitting, **reduction.to_fields)
     before = model(ids)
     set_raw(model, reduction.raw)
-    assert not target.load_state_dict(model.state_dict(), strict=False).missing_keys
-    ours, theirs = logits_and_gradients(model, ids), logits_and_gradients(target, ids)
+    state = reduction.named(model.state_dict())
+    assert not target.load_state_dict(state, strict=False).missing_keys
+    ours = reduction.named(logits_and_gradients(model, ids))
+    theirs = logits_and_gradients(target, ids)
     for name, expected in theirs.items():
         scale = max(1.0, float(expected.detach().abs().max()))
         assert (ours[name] - expected).abs().max() <= reduction.tolerance * scale, name
     if reduction.raw:  # away from the limit the two differ: the test can fail
         assert (before - theirs["logits"]).abs().max() > 1e-3
+
+
+def test_spherical_frozen_at_a_right_angle_is_the_wrapper_as_a_user_writes_it(
+    tiny_model: Build,
+) -> None:
+    ids = torch.randint(11, (3, 7))
+    wrapper = tiny_model("gradient_descent", rule_options={"update_norm": "layer"})
+    for options in ({}, {"coefficients": "unconstrained"}):
+        angle = {"phi": 1.5707963, "frozen": ("phi",), **options}
+        model = Transformer(replace(wrapper.config, rule="spherical", rule_options=angle)).double()
+        with torch.no_grad():
+            for name, value in wrapper.named_parameters():
+                nu = F.softplus(value) if options else value
+                theirs = name.replace(".gamma_raw", ".nu_raw")
+                model.get_parameter(theirs).copy_(nu if theirs != name else value)
+        assert (model(ids) - wrapper(ids)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("rule", ["heavy_ball", "nesterov", "triple_momentum"])

@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
         f"At {config.num_layers} layers, {config.num_heads} heads, d={config.d_model}, "
         f"T={config.context_length}, vocabulary {config.vocab_size:,}. Parameters, training FLOPs "
         "per token and state per token are relative to gradient_descent; g = O(x), γ, ν and s are "
-        "above 0, other scalars in (0, 1), with their initial values."
+        "above 0, φ is in (0, π/2), other scalars in (0, 1), with their initial values."
     )
     for rule in found:
         console.print()

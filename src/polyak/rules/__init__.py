@@ -13,6 +13,7 @@ from polyak.rules._registry import get, names, register
 if TYPE_CHECKING:
     from polyak.rules._base import Oracle, State, Stream, UpdateRule
     from polyak.rules._declarations import (
+        angle,
         choice,
         descends_at,
         positive,
@@ -29,6 +30,7 @@ _LAZY = {
     "Stream": "_base",
     "UpdateRule": "_base",
     "Work": "_work",
+    "angle": "_declarations",
     "choice": "_declarations",
     "descends_at": "_declarations",
     "positive": "_declarations",
@@ -44,6 +46,7 @@ __all__ = [
     "Stream",
     "UpdateRule",
     "Work",
+    "angle",
     "choice",
     "descends_at",
     "get",

@@ -5,6 +5,7 @@ domain, as in the released code:
 
 - `unit_interval`: σ(raw) = 1/(1 + e^{−raw}), in (0, 1);
 - `positive`: softplus(raw) = ln(1 + e^{raw}), in (0, ∞);
+- `angle`: (π/2)·σ(raw), in (0, π/2);
 - `unconstrained`: raw itself.
 
 Reading `self.beta` in `step` gives the constrained value as a tensor of one element; with
@@ -128,6 +129,11 @@ def positive(initial: float, *, shape: Shape = (1,), requires: str | None = None
     return Scalar(initial, "(0, ∞)", F.softplus, _softplus_inverse, shape, requires)
 
 
+def angle(initial: float, *, shape: Shape = (1,)) -> Any:
+    """A scalar in (0, π/2), π/2 times the sigmoid of its raw parameter."""
+    return Scalar(initial, "(0, π/2)", _turned, _turned_inverse, shape)
+
+
 def unconstrained(initial: float, *, shape: Shape = (1,)) -> Any:
     """A scalar that can take any value: the raw parameter itself."""
     return Scalar(initial, _LINE, _same, _same, shape)
@@ -143,6 +149,14 @@ def _same(value: Value) -> Value:
 
 def _logit(value: float) -> float | None:
     return math.log(value / (1 - value)) if 0 < value < 1 else None
+
+
+def _turned(raw: Tensor) -> Tensor:
+    return math.pi / 2 * torch.sigmoid(raw)
+
+
+def _turned_inverse(value: float) -> float | None:
+    return _logit(2 * value / math.pi)
 
 
 def _softplus_inverse(value: float) -> float | None:

@@ -76,10 +76,11 @@ def test_citations_are_those_of_the_citation_file() -> None:
         assert f"notes: {paper}" in citation
         assert title in citation
     papers = {rules.get(name).paper for name in rules.names()}
-    assert papers <= PAPERS.keys()
+    assert papers - {""} <= PAPERS.keys()  # a rule of polyak's own has none
     for name in rules.names():
         text = card(ModelConfig(rule=name))
-        assert f"title = {{{PAPERS[rules.get(name).paper]}}}" in text
+        title = PAPERS.get(rules.get(name).paper, "polyak")
+        assert f"title = {{{title}" in text
         assert "@software{polyak," in text
 
 
