@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyak import Transformer, rules
 from polyak.analysis.jacobian import Map, Options, block_maps, spectrum
-from polyak.analysis.quantiles import estimated
+from polyak.analysis.jacobian.quantiles import estimated
 from polyak.errors import ConfigError, DataError
 from polyak.rules import UpdateRule
 

@@ -1,13 +1,6 @@
 r"""Singular values of a model's blocks and of their products: exact, with stated residuals.
 
-    for maps in block_maps(model, ids):
-        spectrum(maps.frozen)      # (a) x → x, auxiliary streams frozen, as published
-        spectrum(maps.full)        # (b) x and all streams
-        spectrum(maps.oracle)      # (c) R(x) = A(LN x) + M(LN(x + A(LN x)))
-    spectrum(product([maps.frozen for maps in ...], "product of (a)"))
-
-docs/analysis-spectrum.md has the definitions and derivations. A value that has not converged
-is given as the bound it is (a Rayleigh quotient), never as a value.
+A value that has not converged is given as the bound it is (a Rayleigh quotient), never as a value.
 """
 
 from __future__ import annotations
@@ -21,30 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from polyak.analysis import estimates, quantiles
-from polyak.analysis.chain import Chain
-from polyak.analysis.estimates import Estimate, persistence
-from polyak.analysis.inverse import Inverse
+from polyak.analysis import estimates
+from polyak.analysis.estimates import Estimate
+from polyak.analysis.jacobian import quantiles
+from polyak.analysis.jacobian.chain import Chain
+from polyak.analysis.jacobian.inverse import Inverse
+from polyak.analysis.jacobian.linear import Linear
+from polyak.analysis.jacobian.maps import Map
+from polyak.analysis.jacobian.quantiles import Quantile
 from polyak.analysis.lanczos import Ends, extremes
-from polyak.analysis.linear import Linear
-from polyak.analysis.maps import BlockMaps, Map, block_maps, product
-from polyak.analysis.quantiles import Quantile
 from polyak.checks import check_whole
 from polyak.errors import ConfigError
 from polyak.statistics.intervals import student
-
-__all__ = [
-    "BlockMaps",
-    "Estimate",
-    "Map",
-    "Options",
-    "Quantile",
-    "Spectrum",
-    "block_maps",
-    "persistence",
-    "product",
-    "spectrum",
-]
 
 PUBLISHED = (74, 11)
 """The release sketches with 74 random vectors and takes the 11th largest for σ_min."""

@@ -18,8 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from polyak.analysis.cut import Attention, Piece
-from polyak.analysis.linear import Linear
+from polyak.analysis.jacobian.cut import Attention, Piece
+from polyak.analysis.jacobian.linear import Linear
 
 
 class Chain(Linear):

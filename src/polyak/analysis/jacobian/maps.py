@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from polyak.analysis._common import check_model, math_attention
-from polyak.analysis.chain import Chain
-from polyak.analysis.cut import Piece, cut
-from polyak.analysis.linear import Free, Linear
-from polyak.analysis.matrix_attention import show
-from polyak.analysis.states import States
-from polyak.analysis.zeros import Moved, Zeros, constant_zeros, norm_zeros, streams_moved
+from polyak.analysis.jacobian.chain import Chain
+from polyak.analysis.jacobian.cut import Piece, cut
+from polyak.analysis.jacobian.linear import Free, Linear
+from polyak.analysis.jacobian.matrix_attention import show
+from polyak.analysis.jacobian.states import States
+from polyak.analysis.jacobian.zeros import Moved, Zeros, constant_zeros, norm_zeros, streams_moved
 from polyak.errors import ConfigError, DataError
 from polyak.nn.context import Context
 from polyak.nn.placement import step

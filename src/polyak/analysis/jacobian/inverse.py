@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyak.analysis.chain import Chain
+from polyak.analysis.jacobian.chain import Chain
 
 COLUMNS = 32
 """Columns of W that are solved for at once."""

@@ -14,7 +14,6 @@ from torch.func import jacrev
 
 from polyak import ModelConfig, Transformer, rules
 from polyak.analysis._common import math_attention
-from polyak.analysis.chain import Chain
 from polyak.analysis.jacobian import (
     BlockMaps,
     Map,
@@ -24,6 +23,7 @@ from polyak.analysis.jacobian import (
     product,
     spectrum,
 )
+from polyak.analysis.jacobian.chain import Chain
 from polyak.nn.presets import PAPER
 
 TOKENS = 6

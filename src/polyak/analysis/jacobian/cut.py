@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from polyak.analysis.matrix_attention import mapped, read, shares
+from polyak.analysis.jacobian.matrix_attention import mapped, read, shares
 from polyak.errors import ConfigError
 
 CHUNK = 64

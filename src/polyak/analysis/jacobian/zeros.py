@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.analysis.linear import Linear
-from polyak.analysis.states import States
+from polyak.analysis.jacobian.linear import Linear
+from polyak.analysis.jacobian.states import States
 from polyak.errors import ConfigError
 from polyak.rules import UpdateRule
 from polyak.rules._norms import LayerNorm, RMSNorm
