@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_file
 
 from polyak.errors import ConfigError, RunError, unknown
@@ -129,6 +130,12 @@ class PolyakPreTrainedModel(PreTrainedModel):
                 for scalar in module.options["frozen"]:
                     module.get_parameter(f"{scalar}_raw").requires_grad_(False)
         return (model, info) if want_info else model
+
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        """As in transformers 5: no memory. Transformers 4 allocates each weight to discard it."""
+        contexts = super().get_init_context(*args, **kwargs)
+        return contexts if is_deepspeed_zero3_enabled() else [*contexts, torch.device("meta")]
 
     @classmethod
     def _load_pretrained_model(
