@@ -106,6 +106,17 @@ def test_attention_with_a_state_gets_the_logits_of_the_full_forward(
     check(tiny_model("nesterov", dtype=torch.float32, **given), 2e-4)
 
 
+@pytest.mark.parametrize("silent", [9, 11])
+def test_momentum_that_is_nothing_stays_nothing(silent: int, tiny_model: Build) -> None:
+    """Values of 0, of most tokens or of all: |P| is 0 where μ divides by it."""
+    options = {"gamma": 0.5, "feature_map": "identity", "normalize": False}
+    given = {"attention": "adaptive_momentum", "attention_options": options, "positions": "none"}
+    model = tiny_model("gradient_descent", num_layers=1, **given)
+    with torch.no_grad():
+        model.embedding.tokens.weight[:silent] = 0
+    check(model)
+
+
 @pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
 def test_a_state_goes_on_beyond_the_context(kind: str, tiny_model: Build) -> None:
     shape = {"num_heads": 4, "d_model": 16, "attention": kind}
@@ -127,7 +138,16 @@ def test_a_state_goes_on_beyond_the_context(kind: str, tiny_model: Build) -> Non
     assert one.rereads == [0]
 
 
-@pytest.mark.parametrize("fields", [{"bias": True}, QWEN, preset_fields("gpt2", 4)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": True},
+        QWEN,
+        preset_fields("gpt2", 4),
+        {"attention": "momentum"},
+        {**QWEN, "attention": "adaptive_momentum"},
+    ],
+)
 def test_matrices_in_blocks_are_the_same(
     fields: dict[str, Any], tiny_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,9 @@ def test_a_product_is_the_linear_layer(
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
     assert found.shape == (1, 1, out)
     assert (found.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * width
+    into = torch.empty_like(found)
+    product(weight, offset, into)(x)
+    assert torch.equal(into, found)
 
 
 def test_large_matrices_are_not_copied() -> None:

@@ -34,7 +34,10 @@ class Scratch:
 
     def __init__(self, module: Attention, like: Tensor) -> None:
         groups, d = module.num_kv_heads, module.head_dim
-        self._mapped = like.new_empty(module.num_heads + groups, 1, d)
+        turned = module.num_heads + groups
+        self.heads = like.new_empty(turned + groups, 1, d)  # queries, keys and values
+        self._queries_and_keys, self.given_values = self.heads[:turned], self.heads[turned:]
+        self._mapped = like.new_empty(turned, 1, d)
         self._above = torch.empty_like(self._mapped)
         self._one = like.new_ones(())
         self.queries = self._mapped[: module.num_heads].view(groups, -1, d)
@@ -46,18 +49,18 @@ class Scratch:
         self.flat = like.new_empty(1, 1, module.num_heads * d)
         self.read = self.flat.view(groups, -1, d)
 
-    def feature_map(self, name: str) -> Callable[[Tensor], Any]:
-        """φ of queries and keys (H + H_kv, 1, D), into `queries` and `keys`."""
-        mapped, above, one = self._mapped, self._above, self._one
+    def feature_map(self, name: str) -> Callable[[], Any]:
+        """φ of the queries and keys in `heads`, into `queries` and `keys`."""
+        x, mapped, above, one = self._queries_and_keys, self._mapped, self._above, self._one
         if name != "elu1":
             apply = FEATURE_MAPS[name].apply
-            return lambda x: mapped.copy_(apply(x))
+            return lambda: mapped.copy_(apply(x))
 
-        def elu1(x: Tensor) -> None:
-            # min(eˣ, max(x, 0) + 1), which is elu(x) + 1 with every digit
+        def elu1() -> None:
+            # x + 1 between 1 and eˣ, which is elu(x) + 1 with every digit
             torch.exp(x, out=mapped)
-            torch.clamp_min(x, 0, out=above)
-            torch.minimum(mapped, above.add_(one), out=mapped)
+            torch.add(x, one, out=above)
+            torch.clamp(above, one, mapped, out=mapped)
 
         return elu1
 
@@ -80,7 +83,7 @@ class OneState:
         scratch: Scratch,
     ) -> None:
         options = {"weighted_normalizer": False, **module.options}
-        self._at, self._turned = scratch, module.num_heads + module.num_kv_heads
+        self._at = scratch
         self._map = scratch.feature_map(options["feature_map"])
         width = module.head_dim
         s, z = state.S[0], state.Z[0][..., None]
@@ -97,11 +100,11 @@ class OneState:
         self._eps = s.new_zeros(1, 1, width + 1)
         self._eps[..., width] = options["eps"] / factor
 
-    def __call__(self, heads: Tensor) -> Tensor:
-        """Queries, keys and values (H + 2H_kv, 1, D) → what is read (1, 1, H·D), until the next."""
-        at, turned = self._at, self._turned
-        self._map(heads[:turned])
-        self._move(heads[turned:])
+    def __call__(self) -> Tensor:
+        """What the queries in `Scratch.heads` read (1, 1, H·D), until the next call."""
+        at = self._at
+        self._map()
+        self._move(at.given_values)
         if not self._normalized:
             torch.bmm(at.queries, self._s, out=at.read).mul_(self._factor)
             return at.flat
@@ -162,22 +165,27 @@ class OneState:
         both = state.P.new_empty(2, *state.P.shape[1:])
         change, p = both.unbind(0)
         p.copy_(-state.P[0])
-        flat = both.view(2, heads, rest)
-        now = state.key[0][..., None] * state.value[0][:, None]
-        before, new = now, torch.empty_like(now)
-        root, one, most = gamma.sqrt(), p.new_ones(()), p.new_tensor(LARGEST_MU)
-        tiny = p.new_tensor(torch.finfo(p.dtype).tiny)
+        flat, norms = both.view(2, heads, rest), p.new_empty(2, heads)
+        moved, size = norms.view(2, heads, 1, 1).unbind(0)
+        mu, one, most = torch.empty_like(size), p.new_ones(()), p.new_tensor(LARGEST_MU)
+        # every U is times γ, which is then nowhere else but in a first step without it
+        before = state.key[0][..., None] * state.value[0][:, None] * gamma
+        new, plain = torch.empty_like(before), bool((gamma == 1).all())
         first = bool(state.seen[0] == 0) and module.first_step == "unit"
 
         def move(v: Tensor) -> None:
             nonlocal before, new, first
-            torch.bmm(at.keys, v, out=new)
+            torch.mul(at.keys, v if plain else v * gamma, out=new)
             torch.sub(new, before, out=change)
-            norms = torch.linalg.vector_norm(flat, dim=-1)
-            # where P is 0 any μ serves: it is not NaN
-            ratio = torch.div(norms[0], torch.maximum(norms[1], tiny))[:, None, None]
-            mu = torch.minimum((one - ratio.sqrt_().mul_(root)).square_(), most)
-            p.mul_(mu).addcmul_(new, one if first else gamma)
+            torch.linalg.vector_norm(flat, dim=-1, out=norms)
+            norms.sqrt_()
+            torch.addcdiv(one, moved, size, value=-1, out=mu)
+            # where P is 0 any μ serves: fmin leaves no NaN
+            torch.fmin(mu.square_(), most, out=mu)
+            if first:
+                torch.div(new, gamma, out=p)
+            else:
+                torch.addcmul(new, p, mu, out=p)
             sums.add_(p)
             if keys is not None:
                 keys.add_(at.keys)

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from polyak import ops
 from polyak.nn.attention import Attention
 from polyak.nn.attention._matrix import MatrixAttention
 from polyak.nn.attention.softmax import SoftmaxAttention
@@ -24,12 +23,13 @@ from polyak.nn.cache import KeyValueCache
 from polyak.nn.decoding.one_position import Sinusoids, Turn
 from polyak.nn.decoding.one_state import KINDS, OneState, Scratch
 from polyak.nn.decoding.one_vector import is_large, product
+from polyak.nn.decoding.ready import pre_norm, ready_norm, ready_rule
 from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
 from polyak.nn.placement import step as any_step
 from polyak.nn.splitting import norm_after
 from polyak.nn.transformer import Transformer
-from polyak.rules import Oracle, State, UpdateRule
+from polyak.rules import Oracle, State
 from polyak.rules._norms import LayerNorm, RMSNorm
 
 Start = Callable[[Tensor, int], Tensor]
@@ -68,12 +68,12 @@ class OneToken:
             mlp = _mlp(block.mlp)  # type: ignore[arg-type]
             oracles = {"attention": attention, "mlp": mlp, "layer": _both(attention, mlp)}
             for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
-                ready = _ready(rule)
+                ready = ready_rule(rule)
                 alone = ready.State is placement.State
                 step: Step = ready.step if alone else partial(any_step, ready)
                 if config.norm_position == "post":
                     after = norm_after(substep, block.attention, block.mlp)  # type: ignore[arg-type]
-                    step = _normed(step, _ready_norm(after))
+                    step = _normed(step, ready_norm(after))
                 self._steps.append((step, oracles[substep]))
         self._embedding = _lookup(model.embedding)
         self._state = placement.State
@@ -87,7 +87,7 @@ class OneToken:
             else:
                 start = _constant(stream.constant(example, config.num_heads))
             self._starts.append((stream.name, start))
-        self._norm = _ready_norm(model.norm)
+        self._norm = ready_norm(model.norm)
         self._head = product(model.head.weight, model.head.bias)
 
     @staticmethod
@@ -152,7 +152,7 @@ class OneToken:
 
     def _heads(self, module: Attention, qkv: Oracle) -> Oracle:
         """Queries, keys and values of x (1, 1, d) as (H + 2H_kv, 1, D), normed and turned."""
-        norm, split = _pre_norm(module), (-1, 1, module.head_dim)
+        norm, split = pre_norm(module), (-1, 1, module.head_dim)
         turned = module.num_heads + module.num_kv_heads
         gain, rotary, turn = _head_gain(module), module.rope_theta is not None, self._turn
 
@@ -166,18 +166,23 @@ class OneToken:
 
     def _state_of(self, module: MatrixAttention) -> Oracle:
         out = product(module.out.weight, module.out.bias)
-        heads_of = self._heads(module, product(module.qkv.weight, module.qkv.bias))
+        assert self._scratch is not None
+        scratch, kept = self._scratch, self._scratch.heads
+        flat = kept.view(1, 1, -1)
+        heads_of = self._heads(module, product(module.qkv.weight, module.qkv.bias, flat))
+        in_place = module.q_norm is None and module.rope_theta is None
 
         def oracle(x: Tensor) -> Tensor:
             heads = heads_of(x)
+            if not in_place:
+                kept.copy_(heads)
             slot = self._slot
             self._slot += 1
             state = self._states[slot]
             if type(state) is not OneState:  # the first time
-                assert self._scratch is not None
-                state = OneState(module, state, self._shared, self._scratch)
+                state = OneState(module, state, self._shared, scratch)
                 self._states[slot] = state
-            return out(state(heads))
+            return out(state())
 
         return oracle
 
@@ -197,12 +202,12 @@ def _head_gain(module: Attention) -> Callable[[Tensor], Tensor] | None:
     if module.q_norm is None or module.k_norm is None:
         return None
     queries = module.num_heads
-    of_queries, of_keys = _ready_norm(module.q_norm), _ready_norm(module.k_norm)
+    of_queries, of_keys = ready_norm(module.q_norm), ready_norm(module.k_norm)
     return lambda heads: torch.cat((of_queries(heads[:queries]), of_keys(heads[queries:])))
 
 
 def _mlp(module: MLP) -> Oracle:
-    norm, activation = _pre_norm(module), module.activation
+    norm, activation = pre_norm(module), module.activation
     up: Tensor = module.up.weight
     down: Tensor = module.down.weight
     up_bias: Tensor | None = module.up.bias
@@ -252,60 +257,3 @@ def _normed(step: Step, norm: Callable[[Tensor], Tensor]) -> Step:
         return norm(x), state
 
     return normed
-
-
-def _ready(rule: UpdateRule) -> UpdateRule:
-    """A rule that computes the same, its scalars and norms being values (see `Scalar.__get__`)."""
-    ready: UpdateRule = object.__new__(type(rule))
-    ready.__dict__.update(rule.__dict__)
-    for name in type(rule).present_scalars(rule.options):
-        ready.__dict__[name] = getattr(rule, name)
-    for name in type(rule).norms:
-        module = getattr(rule, name)
-        known = type(module) in (LayerNorm, RMSNorm)
-        ready.__dict__[name] = _ready_norm(module) if known else module
-    return ready
-
-
-class _ReadyNorm:
-    """A LayerNorm's two methods without a module around them."""
-
-    def __init__(self, module: LayerNorm | RMSNorm) -> None:
-        self._module, self._shape = module, module.weight.shape
-        self.weight, self.bias, self.eps = module.weight, getattr(module, "bias", None), module.eps
-        self._beta: Tensor | None = None
-        self._gamma: Tensor | None = None
-        self._ratio, self._eps = 0.0, 0.0
-
-    def __call__(self, u: Tensor) -> Tensor:
-        return torch.layer_norm(u, self._shape, self.weight, self.bias, self.eps)
-
-    def combine(self, beta: Tensor, v: Tensor, gamma: Tensor, g: Tensor) -> Tensor:
-        """As `ops.momentum_norm` does where β and γ are numbers; they are read once."""
-        if beta is not self._beta or gamma is not self._gamma:
-            if not ops.numbers_serve(beta, v, gamma, g):
-                return self._module.combine(beta, v, gamma, g)
-            self._beta, self._gamma = beta, gamma
-            self._ratio, self._eps = float(beta) / float(gamma), self.eps / float(gamma) ** 2
-        return self._of_sum(torch.add(g, v, alpha=self._ratio))
-
-    def _of_sum(self, u: Tensor) -> Tensor:
-        return torch.layer_norm(u, self._shape, self.weight, self.bias, self._eps)
-
-
-class _ReadyRMSNorm(_ReadyNorm):
-    def __call__(self, u: Tensor) -> Tensor:
-        return torch.rms_norm(u, self._shape, self.weight, self.eps)
-
-    def _of_sum(self, u: Tensor) -> Tensor:
-        return torch.rms_norm(u, self._shape, self.weight, self._eps)
-
-
-def _pre_norm(module: Attention | MLP) -> Callable[[Tensor], Tensor]:
-    """What an oracle does to its input first."""
-    return _ready_norm(module.norm) if module.pre_norm else lambda x: x
-
-
-def _ready_norm(module: nn.Module) -> _ReadyNorm:
-    assert isinstance(module, LayerNorm | RMSNorm), "see OneToken.supports"
-    return _ReadyRMSNorm(module) if isinstance(module, RMSNorm) else _ReadyNorm(module)

@@ -11,8 +11,12 @@ LARGE = 1 << 17
 """Numbers in a matrix from which on its product is split into parts, for more than one thread."""
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def product(
+    weight: Tensor, bias: Tensor | None, into: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
     """x (1, 1, in) ↦ Wx + b, (1, 1, out), for W (out, in) and b (out,) as they are now.
+
+    Written into `into`, contiguous, if that is given.
 
     On a CPU, torch multiplies a matrix with one row on one thread, and reads it slowly. Instead:
 
@@ -25,12 +29,12 @@ def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """
     weight = weight.detach()
     if is_large(weight):
-        return _in_blocks(weight, bias)
+        return _in_blocks(weight, bias, into)
     matrix = weight.t().contiguous()[None]
     if bias is None:
-        return lambda x: torch.bmm(x, matrix)
+        return lambda x: torch.bmm(x, matrix, out=into)
     row = bias.detach()[None, None]
-    return lambda x: torch.baddbmm(row, x, matrix)
+    return lambda x: torch.baddbmm(row, x, matrix, out=into)
 
 
 def is_large(weight: Tensor) -> bool:
@@ -38,17 +42,20 @@ def is_large(weight: Tensor) -> bool:
     return weight.numel() >= LARGE
 
 
-def _in_blocks(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _in_blocks(
+    weight: Tensor, bias: Tensor | None, into: Tensor | None
+) -> Callable[[Tensor], Tensor]:
     out, width = weight.shape
     count = blocks(out, torch.get_num_threads())
     matrices = weight.reshape(count, out // count, width)
     vectors = (count, width, 1)
     # the transpose of a row, not a view as a column: their strides differ in the dimension of size
     # 1 only, but with a column's MKL takes a way that is six times slower
+    into = None if into is None else into.view(count, -1, 1)
     if bias is None:
-        return lambda x: torch.bmm(matrices, x.mT.expand(vectors)).view(1, 1, out)
+        return lambda x: torch.bmm(matrices, x.mT.expand(vectors), out=into).view(1, 1, out)
     rows = bias.detach().view(count, -1, 1)
-    return lambda x: torch.baddbmm(rows, matrices, x.mT.expand(vectors)).view(1, 1, out)
+    return lambda x: torch.baddbmm(rows, matrices, x.mT.expand(vectors), out=into).view(1, 1, out)
 
 
 def blocks(rows: int, threads: int) -> int:

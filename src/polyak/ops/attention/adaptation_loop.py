@@ -1,10 +1,12 @@
 """The loop over a chunk's tokens that gives adaptive momentum its coefficients, and its gradient.
 
-Its arrays are small (rows of the batch and heads × tokens of the chunk), and it is all overhead:
-NumPy's is a fifth of torch's, which is why this one file of `ops/` imports NumPy.  Compiled by
-torch the loop would need a C++ compiler on the machine and a compilation for every shape; without
-one it would be torch's calls again.  It runs on the memory of CPU tensors, in the tensors' own
-precision.
+Its arrays are small (rows of the batch and heads × tokens of the chunk), and it is all overhead,
+which is why this one file of `ops/` imports NumPy: the loop below took half to seven tenths of the
+time of the same calls of torch with `out=` (0.52 for 4 rows and 64 tokens, 0.54 for 32, 0.70 for
+96; 0.57 to 0.73 of a form with fewer calls; shortest of 15 interleaved, float32, one thread, torch
+2.13).  Compiled by torch the loop would need a C++ compiler on the machine and a compilation for
+every shape; without one it would be torch's calls again.  It runs on the memory of CPU tensors, in
+the tensors' own precision.
 """
 
 from __future__ import annotations
