@@ -30,6 +30,7 @@ from polyak.data.corpora import load_corpus
 from polyak.data.documents import parts_of
 from polyak.data.prepare import open_prepared
 from polyak.data.tokenizer_names import read_tokenizer
+from polyak.errors import RunError
 from polyak.evaluation.subjects import load_subject
 from polyak.formats import read_results
 from polyak.interop import hub_folders, released_files
@@ -39,6 +40,7 @@ from polyak.training.config import recipes
 from polyak.training.processes.distributed import World
 from polyak.training.runs.checkpoints import Checkpoints
 from polyak.training.train_config import TrainOptions, resolve
+from tests.study.kept_measurements import made
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="reads in forked processes")
 
@@ -224,6 +226,8 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
         "journal": _journals,
     }.items():
         make(place / name)
+    (place / "studies").mkdir()
+    studies = made(place / "studies")
     run, shutil_run = KEPT / "run", place / "run"
     shutil.copytree(run, shutil_run)
     released = place / "models" / "released"
@@ -244,6 +248,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
         ("released", released, _files(released), _read_released, True),
         ("recipes", place / "recipes", ("a.toml", "b.toml"), lambda f: recipes.load(f"{f}/a.toml")),
         ("journal", place / "journal", _files(place / "journal"), _read_journal),
+        *((name, place / "studies" / name, *files) for name, files in studies.items()),
     ]
     return {part[0]: Reader(*part) for part in parts}
 
@@ -251,7 +256,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 NAMES = (
     *("run", "model config", "run resumed", "metrics", "checkpoint", "weights", "results"),
     *("prepared", "manifest", "tokenizers", "corpora", "parquet", "models", "released"),
-    *("recipes", "journal"),
+    *("recipes", "journal", "sharpness", "spectrum", "study parts", "speeds"),
 )
 
 
@@ -275,6 +280,69 @@ def test_the_readers_read_what_is_not_damaged(readers: dict[str, Reader], tmp_pa
         reader = readers[name]
         shutil.copytree(reader.source, tmp_path / name)
         reader.read(tmp_path / name)
+
+
+FOUND = ("results.json", "runs", 0, "found")
+PART = "parts/run/{}.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "says"),
+    [
+        ("sharpness", (*FOUND, "x"), 1, "found.x must be left out: no field has this name"),
+        ("sharpness", (*FOUND, "density", "weights", 1), [1], "density.weights.1 must be a list"),
+        (
+            "sharpness",
+            (*FOUND, "rise", "rises"),
+            [],
+            "rises must be a list of 1, found a list of 0",
+        ),
+        (
+            "sharpness",
+            (*FOUND, "slices", "plane", "losses", 2),
+            [1],
+            "plane.losses.2 must be a list",
+        ),
+        ("sharpness", (*FOUND, "loss", "value"), 1e40, "from -1e+30 to 1e+30, found 1e+40"),
+        ("spectrum", (*FOUND, "2/0/a"), {}, "found.2/0/a must be left out: no field has this"),
+        ("spectrum", (*FOUND, "0/0/a", "sigma_min", "kind"), "x", "sigma_min.kind must be one of"),
+        ("spectrum", (*FOUND, "0/product/b", "sigma_max", "low"), None, "sigma_max.low must be a"),
+        (
+            "study parts",
+            (PART.format("spectrum"), "found", "spectra", "0/0/d"),
+            {},
+            "0/0/d must be",
+        ),
+        (
+            *("study parts", (PART.format("evaluate"), "found", "own", "skipped_files"), 5),
+            "found.own.skipped_files must be an object of at most 100 fields, found 5; remove it",
+        ),
+        (
+            *("speeds", ("speeds.json", "adam", "tokens_per_second", "low"), 0),
+            "speeds.adam.tokens_per_second.low must be a number from 1e-12 to 1e+15, found",
+        ),
+    ],
+)
+def test_what_no_measurement_has_is_refused_by_its_name(
+    name: str,
+    place: tuple[Any, ...],
+    value: Any,
+    says: str,
+    readers: dict[str, Reader],
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(readers[name].source, tmp_path / "copy")
+    file, *above, last = place
+    content = json.loads((folder / file).read_text())
+    inside = content
+    for step in above:
+        inside = inside[step]
+    inside[last] = value
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(RunError) as caught:
+        readers[name].read(folder)
+    assert says in str(caught.value)
+    assert str(folder / file) in str(caught.value)
 
 
 COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -115,6 +115,17 @@ def number(value: Any) -> None:
         raise UnfitError("a number", value)
 
 
+def between(low: float, high: float) -> Check:
+    """A number within bounds."""
+
+    def check(value: Any) -> None:
+        number(value)
+        if not low <= value <= high:
+            raise UnfitError(f"a number from {low:g} to {high:g}", value)
+
+    return check
+
+
 def text(longest: int = 10_000) -> Check:
     """Text of at most so many characters."""
 
@@ -139,12 +150,14 @@ def anything(value: Any) -> None:
     """Any value, which is passed on without a look."""
 
 
-def list_of(check: Check, most: int = 1_000_000) -> Check:
-    """A list of at most so many of a kind."""
+def list_of(check: Check, most: int = 1_000_000, least: int = 0) -> Check:
+    """A list of at most so many of a kind, and at least so many."""
+    bounds = {0: f"at most {most:,}", most: f"{most:,}"}
+    size = bounds.get(least, f"{least:,} to {most:,}")
 
     def checks(value: Any) -> None:
-        if not isinstance(value, list) or len(value) > most:
-            raise UnfitError(f"a list of at most {most:,}", value)
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise UnfitError(f"a list of {size}", value)
         for place, inner in enumerate(value):
             with_path(check, inner, str(place))
 
@@ -159,6 +172,39 @@ def mapping_of(check: Check, most: int = 1_000_000) -> Check:
             raise UnfitError(f"an object of at most {most:,} fields", value)
         for name, inner in value.items():
             with_path(check, inner, shown_value(name).strip("'"))
+
+    return checks
+
+
+ANY_OBJECT = mapping_of(anything)
+"""An object, whatever is inside it."""
+
+
+def named(check_of: Callable[[str], Check | None]) -> Check:
+    """An object of which every field is known by its name; none has to be there."""
+
+    def checks(value: Any) -> None:
+        if not isinstance(value, dict):
+            raise UnfitError("an object", value)
+        for name, inner in value.items():
+            with_path(check_of(name) or _unknown, inner, shown_value(name).strip("'"))
+
+    return checks
+
+
+def _unknown(value: Any) -> None:
+    raise UnfitError("left out: no field has this name", value)
+
+
+def only(wanted: Mapping[str, Check], may: Mapping[str, Check] | None = None) -> Check:
+    """An object with all of these fields, those that it may have beside them, and no other."""
+    known = named({**wanted, **(may or {})}.get)
+
+    def checks(value: Any) -> None:
+        known(value)
+        for name in wanted:
+            if name not in value:
+                raise UnfitError("there", None).inside(name)
 
     return checks
 

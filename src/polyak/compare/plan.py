@@ -26,6 +26,7 @@ from polyak.data.split import SPLIT, said
 from polyak.errors import ConfigError
 from polyak.nn.cost import cost
 from polyak.nn.pieces import keep
+from polyak.reading import fields, table, whole
 from polyak.settings import override, replace_at
 from polyak.training.config.run import RunConfig
 from polyak.training.trainer import check_pieces, check_vocabulary, device_of, validation_set
@@ -207,8 +208,9 @@ def _split_of(out: Path) -> int:
     file = out / "results.json"
     if not file.exists():
         return SPLIT
-    corpus = formats.read_results(file, "comparison")["corpus"]
-    return int(corpus["split"])
+    wanted = {"corpus": table({"split": whole(1, SPLIT)})}
+    found = fields(formats.read_results(file, "comparison"), str(file), wanted)
+    return int(found["corpus"]["split"])
 
 
 def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]:

@@ -18,6 +18,7 @@ from polyak.compare.pool import Job, Message, run_jobs
 from polyak.compare.results import gather
 from polyak.compare.sweep import Point
 from polyak.files import locked, make_folder, write_json
+from polyak.reading import fields, optional, text
 from polyak.report.pages import check_out
 from polyak.training.loop import run_settings
 from polyak.training.machine import now, process_age
@@ -210,9 +211,11 @@ def command_of(config: CompareConfig) -> str:
 
 
 def _created(out: Path) -> str:
-    if (out / "results.json").exists():
-        return str(formats.read_results(out / "results.json").get("created", now()))
-    return now()
+    file = out / "results.json"
+    if not file.exists():
+        return now()
+    found = fields(formats.read_results(file), str(file), {"created": optional(text(100))})
+    return str(found.get("created") or now())
 
 
 def _check_folders(plan: Plan, jobs: Sequence[Job]) -> None:

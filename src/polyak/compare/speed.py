@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch
 from polyak.compare.entries import Entry
 from polyak.compare.plan import Plan
 from polyak.data.prepare import Prepared
+from polyak.errors import RunError
 from polyak.files import read_json, write_json
 from polyak.nn.config import ModelConfig
+from polyak.reading import anything, between, fields, list_of, mapping_of, only
 from polyak.statistics.intervals import spread
 from polyak.training.config.run import RunConfig
 from polyak.training.trainer import Trainer
@@ -90,7 +93,7 @@ def speeds_of(
         plan: the comparison.
         measuring: told how many measurements begin; what it returns is called after each.
     """
-    known = _known_speeds(plan)
+    known = known_speeds(plan.config.out)
     kept = {
         entry.name: known[entry.name]["tokens_per_second"]
         for entry in plan.entries
@@ -124,10 +127,25 @@ def _as_of_today(key: Any) -> Any:
     return [{**json.loads(json.dumps(ModelConfig().to_dict())), **key[0]}, *key[1:]]
 
 
-def _known_speeds(plan: Plan) -> dict[str, Any]:
-    file = plan.config.out / "speeds.json"
-    known = read_json(file) if file.exists() else {}
-    return known if isinstance(known, dict) else {}
+_RATES = only(dict.fromkeys(("median", "low", "high"), between(1e-12, 1e15)))
+_SPEEDS = mapping_of(only({"for": list_of(anything, 3, 3), "tokens_per_second": _RATES}), 10_000)
+"""speeds.json: by entry, what was measured (model, batch, threads) and how fast it was."""
+
+
+def known_speeds(out: Path) -> dict[str, Any]:
+    """What an earlier start measured, by entry.
+
+    Raises:
+        RunError: speeds.json is not what such a start writes.
+    """
+    file = out / "speeds.json"
+    if not file.exists():
+        return {}
+    try:
+        known = fields({"speeds": read_json(file)}, str(file), {"speeds": _SPEEDS})["speeds"]
+    except RunError as problem:
+        raise RunError(f"{problem}; remove it, and speeds are measured again") from None
+    return dict(known)
 
 
 def keep_speeds(plan: Plan, speeds: Mapping[str, dict[str, float]]) -> None:
@@ -137,6 +155,6 @@ def keep_speeds(plan: Plan, speeds: Mapping[str, dict[str, float]]) -> None:
         for entry in plan.entries
         if entry.name in speeds
     }
-    known = _known_speeds(plan)
+    known = known_speeds(plan.config.out)
     if {**known, **new} != known:
         write_json(plan.config.out / "speeds.json", {**known, **new})

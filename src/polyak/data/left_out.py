@@ -6,8 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from polyak.reading import list_of, mapping_of, table, text, whole
+
 FIRST = 3
 """So many are named for each reason."""
+
+
+RECORD = mapping_of(table({"files": whole(), "first": list_of(text(4096), 100)}), 100)
+"""What a `LeftOut.record` that is read again must be."""
 
 
 class LeftOut:

@@ -29,7 +29,7 @@ from polyak.data.documents import open_reader
 from polyak.data.encode import Arrays, Chunk, Encoder, chunks
 from polyak.data.encodings import DEFAULT
 from polyak.data.hub import HubDocuments, HubError
-from polyak.data.left_out import in_words
+from polyak.data.left_out import RECORD, in_words
 from polyak.data.shards import ShardWriter, TokenFile, check_shards
 from polyak.data.split import NEAR, SPLIT, Splitter, check_fraction, check_split
 from polyak.data.tokenizer_names import TokenizerName, load_tokenizer, parse_name
@@ -276,7 +276,6 @@ _SIDE = table(
         "shards": list_of(table(_SHARD), 100_000),
     }
 )
-_LEFT_OUT = table({"files": whole(), "first": list_of(text(4096), 100)})
 _MANIFEST = {
     "fingerprint": text(64),
     "dtype": one_of(
@@ -287,7 +286,7 @@ _MANIFEST = {
             "name": text(4096),
             "fingerprint": text(64),
             "skipped": mapping_of(whole(), 100),
-            "skipped_files": optional(mapping_of(_LEFT_OUT, 100)),
+            "skipped_files": optional(RECORD),
         }
     ),
     "tokenizer": table({"name": text(4096), "fingerprint": text(64), "vocab_size": whole()}),

@@ -21,7 +21,7 @@ from polyak.data.left_out import skipped_files
 from polyak.errors import RunError, shown_value
 from polyak.evaluation.subjects import Subject, TokenSet
 from polyak.files import locked, make_folder, sha256_of_json, write_atomic, write_json
-from polyak.reading import anything, fields, list_of, mapping_of, optional, table, text
+from polyak.reading import ANY_OBJECT, Check, fields, list_of, optional, table, text
 from polyak.report.pages import check_out
 from polyak.report.pages import save as write_results
 from polyak.study.parts import check_unchanged
@@ -58,6 +58,7 @@ class Measurement:
         render: the page.
         derive: what of a run follows from what was found, for results.json.
         defaults: of the settings: an older version may not have had some.
+        fits: what an earlier start found of a run, where it is read again.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Measurement:
     render: Callable[[Mapping[str, Any]], str]
     derive: Callable[[Found], dict[str, Any]] = lambda found: {}
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fits: Check = ANY_OBJECT
 
 
 def measure_runs(
@@ -89,7 +91,7 @@ def measure_runs(
     results = _begin(measurement, subjects, sets, command)
     make_folder(out)
     with locked(out, f"polyak {measurement.kind}"):
-        results["runs"] = _kept(out, results, measurement.defaults)
+        results["runs"] = _kept(out, results, measurement)
         for index, (subject, tokens) in enumerate(zip(subjects, sets, strict=True)):
             run = results["runs"][index]
 
@@ -104,7 +106,8 @@ def measure_runs(
             found = measurement.measure(subject, tokens, tell, found=run.get("found"), save=save)
             run["status"] = "complete"
             save(found)
-            write_atomic(out / "report.html", measurement.render(results))
+            if index + 1 < len(subjects):  # after the last one it is written below
+                write_atomic(out / "report.html", measurement.render(results))
         results["status"] = "complete"
         results["updated"] = now()
         write_results(out, results, measurement.render)
@@ -159,13 +162,11 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _kept(
-    out: Path, results: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _kept(out: Path, results: Mapping[str, Any], asked: Measurement) -> list[dict[str, Any]]:
     """The runs, with what an earlier start in this folder has found of them.
 
     Raises:
-        RunError: it was asked for something else.
+        RunError: it was asked for something else, or is not what such a start writes.
     """
     runs: list[dict[str, Any]] = list(results["runs"])
     if not (out / "results.json").exists():
@@ -173,31 +174,35 @@ def _kept(
     file = out / "results.json"
     before = fields(formats.read_results(file), str(file), _BEFORE)
     here = json.loads(json.dumps(results["settings"]))
-    there = {**{key: defaults.get(key) for key in here}, **(before.get("settings") or {})}
+    there = {**{key: asked.defaults.get(key) for key in here}, **(before.get("settings") or {})}
     differ = [key for key in here if here[key] != there.get(key)]
     names = [[run["name"] for run in one] for one in (before["runs"], runs)]
     if differ or names[0] != names[1]:
         what = (
-            "; ".join(f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in differ)
+            "; ".join(
+                f"{key}: {shown_value(there.get(key))} there, {shown_value(here[key])} now"
+                for key in differ
+            )
             or "other runs"
         )
         raise RunError(f"{out} was made with other settings ({what}); choose another --out")
     for run, old in zip(runs, before["runs"], strict=True):
         if _measured(run) == _measured(old) and old.get("found") is not None:
             where = f"{file}: what it says of {shown_value(run['name'])}"
+            fields(old, where, {"found": asked.fits})
             check_unchanged(old["found"], old.get("sha256"), where, "choose another --out")
             run["found"] = old["found"]
     return runs
 
 
 _BEFORE = {
-    "settings": optional(mapping_of(anything)),
+    "settings": optional(ANY_OBJECT),
     "runs": list_of(
         table(
             {
                 "name": text(),
-                "tokens": optional(mapping_of(anything)),
-                "found": optional(mapping_of(anything)),
+                "tokens": optional(ANY_OBJECT),
+                "found": optional(ANY_OBJECT),
                 "sha256": optional(text(64)),
             }
         ),

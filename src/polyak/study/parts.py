@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from polyak import formats
-from polyak.errors import RunError
+from polyak.errors import RunError, plain, shown_value
 from polyak.files import make_folder, sha256_of_json, write_json
-from polyak.reading import anything, fields, mapping_of, number, optional, text
+from polyak.reading import ANY_OBJECT, Check, fields, number, optional, text
 
 Tick = Callable[[float], None]
 """Called with the share of a part that is done, from 0 to 1."""
@@ -36,6 +36,7 @@ class Part:
         work: expected seconds.
         measure: does it.
         defaults: of what is in `key`: a file that an older version wrote may lack some.
+        fits: what it found, where that is read again.
     """
 
     subject: str
@@ -44,6 +45,7 @@ class Part:
     work: float
     measure: Callable[[Tick], Found]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fits: Check = ANY_OBJECT
 
     def file(self, folder: Path) -> Path:
         """Where its result is kept."""
@@ -61,34 +63,36 @@ def done(part: Part, folder: Path) -> Found | None:
     file = part.file(folder)
     if not file.exists():
         return None
-    content = kept(file)
+    content = kept(file, part.fits)
     wanted = json.loads(json.dumps(part.key))
     there = over(_only(part.defaults, wanted), content["key"])
     if wanted != there:
         names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-        shown = "; ".join(f"{n}: {there.get(n)!r} there, {wanted.get(n)!r} now" for n in names[:4])
+        shown = "; ".join(
+            f"{plain(n[:80])}: {shown_value(there.get(n))} there, {shown_value(wanted.get(n))} now"
+            for n in names[:4]
+        )
         raise RunError(f"{file} was measured otherwise ({shown}); choose another --out")
     found: Found = content["found"]
     return found
 
 
 _KEPT = {
-    "key": mapping_of(anything),
+    "key": ANY_OBJECT,
     "seconds": optional(number),
-    "found": mapping_of(anything),
     "sha256": optional(text(64)),
 }
 
 
-def kept(file: Path) -> dict[str, Any]:
-    """The content of a part's file, as it was written.
+def kept(file: Path, fits: Check = ANY_OBJECT) -> dict[str, Any]:
+    """The content of a part's file, as it was written; `fits` says what it must have found.
 
     Raises:
         RunError: it is no part of a study, or was changed since.
     """
     again = "remove it, and it is measured again"
     try:
-        content = fields(formats.read(file, "part"), str(file), _KEPT)
+        content = fields(formats.read(file, "part"), str(file), {**_KEPT, "found": fits})
     except RunError as problem:
         raise RunError(f"{problem}; {again}") from None
     check_unchanged(content["found"], content.get("sha256"), str(file), again)

@@ -1,7 +1,7 @@
 """`polyak study landscape`: losses, sharpness, forgetting and Jacobian spectra of several runs.
 
 Every measurement is a part with a file of its own (`polyak.study.parts`), so that the study goes
-on where it was stopped; the page is written anew after each.
+on where it was stopped; the page is written anew as they come.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal, summary, token_losses
 from polyak.evaluation.subjects import Subject, corpus_of, load_subject, token_set
 from polyak.files import locked, make_folder, sha256_of
+from polyak.reading import Check
 from polyak.report.pages import check_out, save
 from polyak.settings import defaults
+from polyak.study.landscape import found as kept
 from polyak.study.landscape.config import LandscapeConfig
 from polyak.study.landscape.properties import OWN, PROPERTIES
 from polyak.study.landscape.results import complete, value_of
@@ -46,10 +48,12 @@ PRODUCTS = 260
 """Typical products of one model's sharpness."""
 SEQUENCES = 500
 """A spectrum takes about as long as so many losses with gradients of its sequence, per layer."""
+PAGE_EVERY = 10.0
+"""Seconds between pages that are written on the way: to draw one takes one or two."""
 
 
-_Planned = tuple[dict[str, Any], float, Callable[[Tick], Found]]
-"""What decides a part's result, the seconds it takes, and how it is measured."""
+_Planned = tuple[dict[str, Any], float, Callable[[Tick], Found], Check]
+"""What decides a part's result, the seconds it takes, how it is measured, and what it must be."""
 
 
 def landscape(
@@ -136,6 +140,7 @@ class _Study:
             run["measured"] = {}
             self.runs[run["name"]] = run
         self.missing: list[str] = []
+        self.written = time.monotonic()
 
     def parts(self) -> list[Part]:
         """Every measurement of every run, cheap kinds first."""
@@ -157,20 +162,22 @@ class _Study:
             for kind in made:
                 if kind == "spectrum" and config.spectrum_runs == "first" and not first:
                     continue
-                key, work, measure = getattr(self, f"_{kind}")(subject, speed)
+                key, work, measure, fits = getattr(self, f"_{kind}")(subject, speed)
                 made[kind].append(
                     Part(
                         *(run["name"], kind, {"weights": weights, **key}, work, measure),
                         defaults=DEFAULTS.get(kind, {}),
+                        fits=fits,
                     )
                 )
         return [part for kind in made for part in made[kind]]
 
     def keep(self, part: Part, found: Found) -> None:
-        """Take up what a part found, and write the page."""
+        """Take up what a part found, and write the page if the last one is not of just now."""
         self.runs[part.subject]["measured"][part.kind] = found
         self.missing.remove(part.subject + ": " + part.kind)
-        self.write()
+        if time.monotonic() - self.written > PAGE_EVERY:
+            self.write()
 
     def write(self) -> dict[str, Any]:
         """results.json and report.html as things stand."""
@@ -192,6 +199,7 @@ class _Study:
             PROPERTIES,
         )
         save(self.config.out, filled, render)
+        self.written = time.monotonic()
         return filled
 
     def _evaluate(self, subject: Subject, speed: float) -> _Planned:
@@ -217,7 +225,7 @@ class _Study:
             found["others"] = sum(values) / len(values) if values else None
             return found
 
-        return key, work, measure
+        return key, work, measure, kept.evaluate(tuple(corpora))
 
     def _sharpness(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
@@ -243,7 +251,7 @@ class _Study:
             found["rise_found"] = found["rise"]["rises"][0]["at_least"]
             return {**found, "corpus": tokens.corpus, **skipped_files(tokens.left_out)}
 
-        return key, work, measure
+        return key, work, measure, kept.sharpness(wanted)
 
     def _forgetting(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
@@ -267,7 +275,7 @@ class _Study:
 
             return forget(subject, config.onto, wanted, step)
 
-        return experiment(subject, wanted), work, measure
+        return experiment(subject, wanted), work, measure, kept.forgetting
 
     def _spectrum(self, subject: Subject, speed: float) -> _Planned:
         wanted = SpectrumConfig(
@@ -299,7 +307,7 @@ class _Study:
                 "persistence_value": {n: value_of(g["total"]) for n, g in by_name.items()},
             }
 
-        return key, work, measure
+        return key, work, measure, kept.spectrum(wanted)
 
 
 def _settings(config: SharpnessConfig | SpectrumConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from polyak.analysis.config import SharpnessConfig
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
+from polyak.study.sharpness.found import fits
 from polyak.study.sharpness.measure import Found, Progress, sharpness_of
 from polyak.study.sharpness.page import render
 
@@ -56,5 +57,6 @@ def sharpness(
     asked = Measurement(
         *(KIND, {**settings, "rho": list(config.radii)}, measure, render),
         defaults=defaults(SharpnessConfig),
+        fits=fits(config),
     )
     return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)

@@ -28,6 +28,7 @@ from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
+from polyak.study.spectrum.found import fits
 from polyak.training.machine import peak_memory_bytes
 from polyak.training.runs.metrics import without_nonfinite
 
@@ -79,7 +80,9 @@ def spectra(
     sets = [tokens_of(subject, config) for subject in subjects]
     for subject, tokens in zip(subjects, sets, strict=True):  # refused before anything is written
         _block_maps(subject, tokens, config, 0)
-    asked = Measurement(KIND, settings, measure, render, derive, defaults(SpectrumConfig))
+    asked = Measurement(
+        KIND, settings, measure, render, derive, defaults(SpectrumConfig), fits(config)
+    )
     return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)
 
 
