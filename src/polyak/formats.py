@@ -40,6 +40,7 @@ UPGRADES: dict[str, Sequence[Upgrade]] = {
     "bench": (),
     "comparison": (_first_split("corpus", "split"),),
     "downstream": (),
+    "dynamics": (),
     "evaluation": (),
     "forgetting": (),
     "generate": (),

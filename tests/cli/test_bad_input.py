@@ -361,6 +361,7 @@ def test_no_option_but_those_of_several_values_is_given_twice(
         ["report", "run"],
         ["sharpness", "run"],
         ["spectrum", "run"],
+        ["dynamics", "run"],
         ["forgetting", "run", "--onto", "prose"],
         ["study", "landscape", "run"],
     ],
@@ -377,7 +378,7 @@ def test_no_command_writes_over_what_another_found(
     out = tmp_path / "measured"
     out.mkdir()
     for name, content, says in (
-        ("results.json", '{"kind": "dynamics", "format": 1}', "holds the results of another"),
+        ("results.json", '{"kind": "weather", "format": 1}', "holds the results of another"),
         ("report.html", "a page of my own", "holds a report.html of something else"),
     ):
         (out / name).write_text(content)

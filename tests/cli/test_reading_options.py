@@ -21,6 +21,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         *("--max-probes", "8", "--scale", "none", "--max-products", "5"),
     ),
     "spectrum": ("--length", "4", "--parts", "c", "--quantiles", "0.5", "--steps", "4"),
+    "dynamics": ("--tokens", "16", "--parts", "curve"),
     "study landscape": (
         *("--eval-tokens", "64", "--sharpness-tokens", "16", "--forgetting-steps", "2"),
         *("--spectrum-length", "4", "--trace-precision", "0.9"),
@@ -100,7 +101,7 @@ def test_records_of_another_field_in_another_encoding_are_read(
     assert "no field 'text'; its fields are: body" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sharpness", "spectrum", "upgrade"])
+@pytest.mark.parametrize("name", ["sharpness", "spectrum", "dynamics", "upgrade"])
 def test_a_way_of_reading_is_for_a_corpus_that_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from polyak.training.train_config import TrainOptions, resolve
 
 GIVEN = {
     "README.md": ("runs/mine",),
+    "analysis-dynamics.md": ("runs/mine",),
     "analysis-sharpness.md": ("runs/mine",),
     "analysis-spectrum.md": ("runs/mine",),
     "convert.md": ("runs/plain",),

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue texts with a trained model",
     "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
     "spectrum": "singular values of the blocks' Jacobians and of their products",
+    "dynamics": "layers as optimizer steps: loss by depth, path, what streams keep",
     "study": "gather all of that for several runs on one page: landscape",
     "report": "draw the curves of any runs into one page",
     "rules": "print the family of update rules and what they cost",
@@ -34,7 +35,7 @@ COMMANDS = {
 PRINTS = ("rules", "generate", "bench")
 """Commands whose result is what they print, without --out: they end with their reader."""
 
-GOES_ON = ("compare", "prepare", "sharpness", "spectrum", "forgetting", "study")
+GOES_ON = ("compare", "prepare", "sharpness", "spectrum", "dynamics", "forgetting", "study")
 """Commands that go on where they were when they are repeated."""
 
 

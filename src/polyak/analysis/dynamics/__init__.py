@@ -1,0 +1,9 @@
+"""What the layers of a trained model do, seen as steps of an optimizer, with error bars.
+
+    watched = Watched(model)               # a copy that tells what its substeps do
+    curve.loss_curve(watched, ids)         # loss after every substep
+    path.motion(watched, ids)              # sizes, angles, what streams keep
+
+docs/analysis-dynamics.md says what each number means. Errors are over sequences: tokens of one
+sequence are not independent.
+"""

@@ -1,0 +1,118 @@
+"""The tables, figures and page of `polyak dynamics`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from polyak.data.left_out import lines
+from polyak.report.pages import draw
+from polyak.report.tables import house_table
+from polyak.study.dynamics.figures import all_figures, numbers_of, streams_of
+from polyak.words import NONE, fixed, folded, plural
+
+NAME = 20
+Row = tuple[str, Sequence[str]]
+"""A run's name and the cells behind it."""
+HEADS = {
+    "curve": ("after", "loss", "change"),
+    "path": ("after", "‖u‖/√d", "‖u‖/‖x‖", "cos(u, u₋)", "damping"),
+    "streams": ("stream", "after", "retention", "gain", "damping"),
+    "whole": ("length/√d", "distance/√d", "detour"),
+}
+WALKED = ("update", "relative", "turn", "damping")
+KEPT = ("retention", "gain", "damping")
+CAPTIONS = {
+    "curve": "Loss through the final norm and head, nats per token",
+    "path": "Updates u of x; damping 1 − ⟨u, u₋⟩/‖u₋‖²",
+    "streams": "Streams: retention cos(v′, v), gain ‖∂v′/∂v‖, damping",
+    "whole": "The whole path of x",
+}
+
+
+def interval(value: Mapping[str, Any] | None, places: int = 3) -> str:
+    """`1.234 ± 0.021`: a mean and its 95% half-width; a dash for none."""
+    if not value:
+        return NONE
+    return f"{fixed(value['value'], places)} ± {value['half_width']:.{places}f}"
+
+
+def _mean(run: Mapping[str, Any], key: str) -> str:
+    return interval((numbers_of(run).get(key) or {}).get("mean"))
+
+
+def rows(results: Mapping[str, Any], part: str) -> Iterator[Row]:
+    """The rows of one of the tables in `HEADS`."""
+    for run in results["runs"]:
+        found = run.get("found") or {}
+        if part == "curve" and "curve" in found:
+            yield from ((run["name"], cells) for cells in _curve(found["curve"]))
+        if part != "curve" and "path" in found:
+            labels = found["path"]["labels"]
+            yield from ((run["name"], cells) for cells in _path(run, labels, part))
+
+
+def _curve(curve: Mapping[str, Any]) -> Iterator[list[str]]:
+    for place, (label, loss) in enumerate(zip(curve["labels"], curve["loss"], strict=True)):
+        change = curve["change"][place - 1] if place else None
+        yield [label, interval(loss), interval(change)]
+
+
+def _path(run: Mapping[str, Any], labels: Sequence[str], part: str) -> Iterator[list[str]]:
+    if part == "whole":
+        yield [_mean(run, f"whole/{name}") for name in ("length", "distance", "detour")]
+    for place, label in enumerate(labels):
+        if part == "path" and place:
+            yield [label, *(_mean(run, f"{place}/{name}") for name in WALKED)]
+        if part == "streams":
+            for stream in streams_of({"runs": [run]}):
+                at = f"{place}/{stream}"
+                if f"{at}/size" in numbers_of(run):
+                    yield [stream, label, *(_mean(run, f"{at}/{name}") for name in KEPT)]
+
+
+def tables(results: Mapping[str, Any]) -> RenderableType:
+    """What the terminal shows, 80 columns wide."""
+    shown: list[RenderableType] = []
+    for part, head in HEADS.items():
+        table = house_table(f"{CAPTIONS[part]}, ± 95% over sequences", "", *head)
+        before = None
+        for name, cells in rows(results, part):
+            table.add_row(Text(folded(name, NAME) if name != before else ""), *cells)
+            before = name
+        if table.row_count:
+            shown.append(table)
+    return Group(*shown, *(Text(line) for line in warnings(results)))
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before comparing."""
+    said = lines([run["tokens"] for run in results["runs"]])
+    if len({run["tokens"]["fingerprint"] for run in results["runs"]}) > 1:
+        said.append("The runs are measured on different tokens.")
+    return said
+
+
+def sentence(results: Mapping[str, Any]) -> str:
+    """What the page says first."""
+    parts = " and ".join(results["settings"]["parts"])
+    return f"{plural(len(results['runs']), 'run')}: {parts}."
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page for `results`, the content of results.json."""
+    return draw(
+        "dynamics.html",
+        results,
+        figures=all_figures(results),
+        sentence=sentence(results),
+        warnings=warnings(results),
+        heads=HEADS,
+        captions=CAPTIONS,
+        rows={part: list(rows(results, part)) for part in HEADS},
+        streams=streams_of(results),
+        settings=list(results["settings"].items()),
+    )
