@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from polyak import Transformer, rules
+from polyak import Transformer, ops, rules
 from polyak.analysis._common import math_attention
 from polyak.analysis.groups import GROUPS, parameter_groups
 from polyak.analysis.hessian import Surface, dense
 from polyak.analysis.lanczos import extremes
 from polyak.errors import ConfigError, DataError
+from polyak.nn import attention
 
 MATRICES = ("muon", "ortho", "shampoo", "soap")  # the rules of which a Hessian takes longest
 every_rule = pytest.mark.parametrize(
@@ -77,6 +79,40 @@ def test_ends_and_trace_are_those_of_the_dense_hessian(
     by_units = dense(surface.hessian, surface.size)
     assert (by_units - exact).abs().max() <= 1e-10 * exact.abs().max()
     assert abs(float(by_units.trace() - exact.trace())) <= 1e-10 * abs(float(exact.trace()))
+
+
+WITH_A_STATE: dict[str, dict[str, Any]] = {
+    "linear": {"chunk_size": 2},
+    "momentum": {"chunk_size": 3, "mu_learned": "head", "gamma_learned": "model"},
+    "adaptive_momentum": {"chunk_size": 2, "gamma_learned": "layer"},
+}
+
+
+def test_every_kind_of_attention_is_here() -> None:
+    assert {"softmax", *WITH_A_STATE} == set(attention.names())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k != "linear" else ()) for k in WITH_A_STATE],
+)
+def test_attention_with_a_state_has_the_dense_hessian_of_its_plain_forms(
+    kind: str, small_model: Build, tokens: Tensor
+) -> None:
+    # products go back twice through the chunked kernels; the dense matrix is of the quadratic form
+    # (adaptive: of the token recurrence)
+    given = {"attention": kind, "attention_options": WITH_A_STATE[kind]}
+    model = small_model("gradient_descent", **given)
+    surface = Surface(model, tokens[:1], dtype=torch.float64)
+    with ops.reference_forms():
+        exact = dense_hessian(surface, model, tokens[:1])
+    vector = torch.randn(surface.size, dtype=torch.float64)
+    assert (surface.hessian(vector) - exact @ vector).norm() <= 1e-8 * (exact @ vector).norm()
+    values = torch.linalg.eigvalsh(exact)
+    found = extremes(surface.hessian, surface.size, count=2, tolerance=1e-9, basis=60)
+    ends = values.new_tensor([pair.value for pair in (*found.top, *reversed(found.bottom))])
+    expected = torch.cat((values[-2:].flip(0), values[:2].flip(0)))
+    assert (ends - expected).abs().max() <= 1e-8 * values.abs().max()
 
 
 def test_torch_func_agrees_with_the_dense_hessian(small_model: Build, tokens: Tensor) -> None:

@@ -19,6 +19,7 @@ from polyak.evaluation.config import ForgettingConfig
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import token_losses
 from polyak.evaluation.subjects import Subject, corpus_of, load_subject
+from polyak.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,22 @@ def test_the_defaults_are_the_published_protocol_but_for_the_batch() -> None:
     assert (recipe.schedule, recipe.final_rate, recipe.sam) == ("cosine", 0.1, "off")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "momentum", "adaptive_momentum"])
+def test_kinds_of_attention_with_a_state_forget_by_the_same_loop(
+    kind: str, corpus: Path, other: Path, tmp_path: Path
+) -> None:
+    options = {} if kind == "linear" else {"gamma_learned": "head"}
+    chosen = run_config(corpus, steps=8, attention=kind, attention_options=options)
+    train(chosen, tmp_path / "run")
+    check_by_hand(load_subject(tmp_path / "run"), other)
+
+
 def test_it_is_adamw_on_the_other_corpus_written_out_by_hand(subject: Subject, other: Path) -> None:
+    check_by_hand(subject, other)
+
+
+def check_by_hand(subject: Subject, other: Path) -> None:
     chosen = config(other)
     found = forget(subject, str(other), chosen)
     assert isinstance(subject.model, Transformer)
