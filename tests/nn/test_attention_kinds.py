@@ -20,6 +20,7 @@ from polyak.nn import attention
 from polyak.nn.attention import Attention
 from polyak.nn.attention_registry import KINDS
 from polyak.nn.cache import KeyValueCache
+from polyak.nn.cost import cost
 from polyak.nn.presets import preset_fields
 from polyak.nn.probe import probe
 from polyak.training.optimizers import parameter_groups
@@ -386,6 +387,32 @@ class Mean(Attention):
         count = torch.arange(1, v.shape[2] + 1, dtype=v.dtype)
         y = v.cumsum(2) / count[:, None]
         return torch.roll(y, -1, dims=2) if self.peek else y
+
+
+class Priced(Mean):
+    """The same, and says what it costs."""
+
+    @classmethod
+    def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
+        """A price that no counter would find."""
+        return 1000 * tokens, 3000 * tokens
+
+    @classmethod
+    def decoding_flops(cls, config: ModelConfig, tokens: int) -> int | None:
+        """The same."""
+        return 500
+
+
+def test_a_users_kind_costs_what_it_declares_or_what_is_measured(
+    registered_kind: Any, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    found = [
+        cost(tiny_config("gradient_descent", num_layers=1, attention=registered_kind(name, kind)))
+        for name, kind in (("mean", Mean), ("priced", Priced))
+    ]
+    for field, more in (("forward", 1000), ("backward", 3000), ("decoding", 500)):
+        free, priced = (getattr(one, f"{field}_flops_per_token") for one in found)
+        assert priced - free == more  # Mean multiplies no matrices
 
 
 def test_a_users_kind_is_probed_and_blamed(registered_kind: Any) -> None:

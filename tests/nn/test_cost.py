@@ -206,16 +206,39 @@ def test_decoding_with_a_state_costs_the_same_at_every_position(
     assert {counter.get_total_flops()} == prices
 
 
-@pytest.mark.parametrize("form", ["two_sided", "read_after_write", "lra"])
-def test_attention_that_sees_the_future_is_measured(form: str, tiny_config: Config) -> None:
-    options = {"bidirectional": form}
-    config = tiny_config("adam", attention="momentum", attention_options=options, causal=False)
-    forward, backward = counted_flops(config, 1, 7)
-    found = cost(config)
+BIDIRECTIONAL: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"bidirectional": "two_sided", "chunk_size": 3}),
+    ("linear", {"bidirectional": "lra"}),
+    ("momentum", {"bidirectional": "two_sided", "recompute": True, "mu_learned": "head"}),
+    ("momentum", {"bidirectional": "two_sided", "chunk_size": 3, "weighted_normalizer": True}),
+    ("momentum", {"bidirectional": "two_sided", "chunk_size": 4, "normalize": False}),
+    ("momentum", {"bidirectional": "read_after_write", "gamma_learned": "model"}),
+    ("momentum", {"bidirectional": "read_after_write", "weighted_normalizer": True}),
+    ("momentum", {"bidirectional": "read_after_write", "normalize": False}),
+    ("momentum", {"bidirectional": "lra"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), BIDIRECTIONAL)
+def test_formulas_of_attention_that_sees_the_future_equal_the_counters(
+    kind: str, options: dict[str, Any], tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("polyak.nn.attention._cost._measured")
+    fields = {"num_heads": 4, "num_kv_heads": 2, "d_model": 16, "num_layers": 1, "causal": False}
+    config = tiny_config("adam", attention=kind, attention_options=options, **fields)
+    found, (forward, backward) = cost(config), counted_flops(config, 1, 7)
     assert found.forward_flops_per_token == int(forward / 7 + 0.5)
     assert found.backward_flops_per_token == int(backward / 7 + 0.5)
-    forward, _ = counted_flops(config, 1, 4)
-    assert cost(config, position=3).decoding_flops_per_token == forward
+    for position in (0, 3):
+        forward, _ = counted_flops(config, 1, position + 1)
+        assert cost(config, position=position).decoding_flops_per_token == forward
+
+
+def test_every_way_of_seeing_the_future_is_here() -> None:
+    for kind in ("linear", "momentum"):
+        tried = {options["bidirectional"] for name, options in BIDIRECTIONAL if name == kind}
+        option: Any = attention.get(kind).declared["bidirectional"]
+        assert set(option.values) - tried == set()
 
 
 def test_a_users_kind_of_attention_is_measured(tiny_config: Config) -> None:

@@ -4,8 +4,8 @@ Matrix products are counted as `torch.utils.flop_counter.FlopCounterMode` counts
 device, 2mnk each. Softmax attention is the full T² square, causal or not, and its backward pass
 four products: on the meta device it runs as plain matrix products. (A flash kernel computes the
 scores once more in backward and may skip the masked half.) Kinds with a state are counted as they
-run, by chunks; a user's kind is measured (`polyak.nn.attention._cost`). The one formula torch
-lacks, of an in-place `baddbmm_`, is registered by `polyak.rules._cost`.
+run, by chunks; a user's kind that declares no price is measured (`polyak.nn.attention._cost`). The
+one formula torch lacks, of an in-place `baddbmm_`, is registered by `polyak.rules._cost`.
 With T the context length, d the width and V the vocabulary, one token's forward pass takes
 
     layers · (2dD(2H + 2H_kv) + 4·T·H·D + 2m·d·w) + 2dV + the rule's own products,

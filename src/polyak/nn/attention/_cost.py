@@ -1,7 +1,8 @@
 r"""Matrix products of what a kind of attention computes, without its projections.
 
-A kind of this package has formulas; a user's is measured on the meta device, or on the CPU if it
-reads values while it runs. Both count as `torch.utils.flop_counter.FlopCounterMode` does, 2mnk.
+A kind of this package has formulas; a user's that declares none (`Attention.flops`) is measured on
+the meta device, or on the CPU if it reads values while it runs. Both count as
+`torch.utils.flop_counter.FlopCounterMode` does, 2mnk.
 """
 
 from __future__ import annotations

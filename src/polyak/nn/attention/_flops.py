@@ -42,6 +42,24 @@ def adaptation_flops(config: ModelConfig, options: dict[str, Any], tokens: int) 
     return forward, backward
 
 
+def bidirectional_flops(
+    config: ModelConfig, options: dict[str, Any], tokens: int
+) -> tuple[int, int]:
+    """Products where every query reads every key: two walks, or one sum that all queries read."""
+    weighted = options.get("weighted_normalizer", False)
+    if options["bidirectional"] == "two_sided":
+        one_way = walk_flops(config, {**options, "normalize": weighted}, tokens, momentum=True)
+        forward, backward = 2 * one_way[0], 2 * one_way[1]
+    else:
+        heads, d = config.num_heads + config.kv_heads, config.head_width
+        forward = 2 * heads * tokens * d * (d + weighted)
+        backward = 2 * forward
+    if options["bidirectional"] != "lra" and options["normalize"] and not weighted:
+        below = 2 * config.num_heads * tokens * config.head_width
+        forward, backward = forward + below, backward + 2 * below
+    return forward, backward
+
+
 def chunks(tokens: int, size: int) -> list[int]:
     """Lengths of the chunks that a sequence is cut into."""
     whole, rest = divmod(tokens, size)

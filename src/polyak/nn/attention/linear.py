@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyak.nn.attention import choice, register
-from polyak.nn.attention._flops import read_flops, walk_flops
+from polyak.nn.attention._flops import bidirectional_flops, read_flops, walk_flops
 from polyak.nn.attention._matrix import MatrixAttention
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context
@@ -39,10 +39,10 @@ class LinearAttention(MatrixAttention):
 
     @classmethod
     def flops(cls, config: ModelConfig, tokens: int) -> tuple[int, int] | None:
-        """See `Attention.flops`; what is not causal is measured."""
+        """See `Attention.flops`."""
+        options = cls.resolve(config.attention_options, causal=config.causal)
         if not config.causal:
-            return None
-        options = cls.resolve(config.attention_options, causal=True)
+            return bidirectional_flops(config, options, tokens)
         return walk_flops(config, options, tokens, momentum=False)
 
     @classmethod

@@ -78,8 +78,7 @@ def bidirectional_attention(
         else:
             out = _read_all(q, k, v, _weights(mu, gamma, real.cumsum(1), exact))
         if options.normalize and not options.weighted_normalizer:
-            below = torch.einsum("bihgd,bhd->bihg", q, k.sum(1))[..., None]
-            out = out / (below + options.eps / factor)
+            out = out / (_read(q, k.sum(1)[..., None]) + options.eps / factor)
         return finish(out, options, factor).flatten(2, 3).to(dtype)
 
 
@@ -92,8 +91,13 @@ def _weights(mu: Tensor, gamma: Tensor, count: Tensor, dtype: torch.dtype) -> Te
 
 def _read_all(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     """qᵀS with S = Σ weight_j k_j v_jᵀ, for every query."""
-    s = torch.einsum("bjhd,bjhm->bhdm", k * weights[..., None], v)
-    return torch.einsum("bihgd,bhdm->bihgm", q, s)
+    return _read(q, (k * weights[..., None]).permute(0, 2, 3, 1) @ v.transpose(1, 2))
+
+
+def _read(q: Tensor, s: Tensor) -> Tensor:
+    """(B, T, Hₖ, H/Hₖ, D) queries of (B, Hₖ, D, M) states."""
+    rows = q.transpose(1, 2).flatten(2, 3) @ s
+    return rows.reshape(*rows.shape[:2], q.shape[1], q.shape[3], s.shape[3]).transpose(1, 2)
 
 
 def _two_sided(
