@@ -11,6 +11,8 @@ import contextlib
 import io
 import os
 import sys
+import textwrap
+from typing import TextIO
 
 from polyak.errors import UnwritableError, plain
 
@@ -70,14 +72,41 @@ def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
     print(plain(text, "\n\t") if sys.stdout.isatty() else text, end=end, flush=flush)
 
 
-def say(line: str) -> None:
-    """`show` for what is one line, whatever the names in it hold."""
-    print(plain(line) if sys.stdout.isatty() else line)
+def say(line: str, *, indent: int = 0) -> None:
+    """`show` for what is one line, whatever the names in it hold.
+
+    Args:
+        line: a terminal that is narrower gets it broken between words.
+        indent: columns before what follows such a break.
+    """
+    print(_in_width(plain(line), sys.stdout, indent) if sys.stdout.isatty() else line)
 
 
 def tell(text: str = "") -> None:
     """Print a line on standard error, without control characters wherever that leads."""
-    print(plain(text), file=sys.stderr, flush=True)
+    print(_in_width(plain(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _in_width(line: str, stream: TextIO, indent: int = 0) -> str:
+    """A line as its terminal is wide; as it is elsewhere, for other programs."""
+    if not stream.isatty():
+        return line
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns
+        return in_lines(line, int(columns), indent)
+    return line
+
+
+def in_lines(line: str, width: int, indent: int = 0) -> str:
+    """A line broken between words, and never inside one: paths and names can be copied."""
+    if len(line) <= width or width < 1:
+        return line
+    return textwrap.fill(
+        *(line, width),
+        subsequent_indent=" " * min(indent, width // 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def outlast(*, lasting: bool = True) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,21 @@ INDENTED_CODE = re.compile(
     r")|\s+(?:```|~~~)"
 )
 """Lines outside a fence that look like commands, Python or TOML, or like a fence inside a list."""
+SMALLER = {
+    "README.md": {"--corpora stdlib,prose": "--corpora stdlib,prose --tokens 4096"},
+    "analysis-sharpness.md": {
+        "sharpness runs/mine ": "sharpness runs/mine --tokens 256 --density-probes 2 --rho 0.05 "
+    },
+    "guide.md": {
+        "--steps 80": "--steps 10 --set training.eval_tokens=4096",
+        "--tokens 8192": "--tokens 2048",
+    },
+    "training.md": {
+        "--steps 20 ": "--steps 4 --set training.eval_tokens=4096 ",
+        "--steps 30 ": "--steps 6 ",
+    },
+}
+"""Options of a page's commands, and those that they run with here: the same, with less to do."""
 CODE = ("bash", "python", "toml")
 OUTPUT = "text"
 """Formulas, pictures and what a command prints."""
@@ -96,6 +111,15 @@ def blocks(page: Path) -> list[Block]:
             )
         )
         number += 1
+    return found
+
+
+def smaller(page: Path) -> list[Block]:
+    """The blocks of a page that run, with less to do."""
+    found = [block for block in blocks(page) if block.runs]
+    for long, short in SMALLER.get(page.name, {}).items():
+        assert any(long in block.code for block in found), f"{page.name}: nothing has {long!r}"
+        found = [replace(block, code=block.code.replace(long, short)) for block in found]
     return found
 
 
@@ -195,11 +219,13 @@ def parse(block: Block) -> None:
 def run(page: Path) -> int:
     """Run what is not marked on a page in the working folder, in order; returns how many.
 
+    Commands that a page's reader waits for have less to do here, see `SMALLER`.
+
     Python blocks share their names, as they would in a notebook. A TOML block is written to the
     file that its first line names, and loaded as a recipe.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
-    todo = [block for block in blocks(page) if block.runs]
+    todo = smaller(page)
     for block in todo:
         if block.language == "python":
             lines = "\n" * (block.line - 1)  # so that a traceback names the page's own line

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+NARROW = 70
+"""Columns below which a bar makes room for words."""
+BESIDE = 18
+"""Columns of the share and the time left: an hour more, and they stay whole."""
 _EVERY = 20.0  # seconds between lines
 
 
@@ -24,7 +28,7 @@ class Bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            BarColumn(bar_width=24),
+            *([BarColumn(bar_width=24)] if console.width >= NARROW else []),
             TextColumn("{task.percentage:3.0f}%"),
             TimeRemainingColumn(compact=True),
             TextColumn("left  {task.description}", markup=False),
@@ -37,6 +41,7 @@ class Bar:
         self._console, self._began = console, time.monotonic()
         self._said, self._first = self._began, 0.0
         self._every = _EVERY if every is None else every
+        self._room = max(1, console.width - (BESIDE + 25 if console.width >= NARROW else BESIDE))
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -47,13 +52,16 @@ class Bar:
 
     def __call__(self, share: float, what: str) -> None:
         """Move it to a share from 0 to 1."""
-        self._bar.update(self._task, completed=share, description=what)
+        end = what if len(what) <= self._room else f"…{what[1 - self._room :]}"
+        self._bar.update(self._task, completed=share, description=end)
         now = time.monotonic()
         if not self._first:
             self._first, self._began = share, now  # what was there already took no time
         if self._bar.disable and now - self._said > self._every:
             self._said = now
-            self._console.print(f"{share:4.0%}{self._left(share, now)}  {what}", markup=False)
+            self._console.print(
+                f"{share:4.0%}{self._left(share, now)}  {what}", markup=False, soft_wrap=True
+            )
 
     def _left(self, share: float, now: float) -> str:
         """The time left at the pace so far, once a twentieth of the work tells it."""

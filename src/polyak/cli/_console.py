@@ -9,6 +9,7 @@ from rich import console
 from rich.segment import Segment
 
 from polyak.errors import plain
+from polyak.output import in_lines
 
 
 class Console(console.Console):
@@ -19,6 +20,11 @@ class Console(console.Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, **options)
+
+    def say(self, text: str) -> None:
+        """Print a line; a terminal that is narrower gets it broken between words alone."""
+        fitted = in_lines(text, self.width) if self.is_terminal else text
+        self.print(fitted, soft_wrap=True, highlight=False)
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """The segments of anything that can be printed; styles are rich's own and stay."""

@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
 
-from polyak.output import tell
+from polyak.output import in_lines, tell
 
 Config = TypeVar("Config")
 COLOR = r"\x1b\[[0-9;]*m"
@@ -148,13 +147,11 @@ class _Narrow:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        width = max(80, shutil.get_terminal_size().columns)
+        width = shutil.get_terminal_size().columns
         lines = text.split("\n")
         for place, line in enumerate(lines):
             if len(re.sub(COLOR, "", line)) > width:
-                lines[place] = textwrap.fill(
-                    line, width, break_long_words=False, break_on_hyphens=False
-                )
+                lines[place] = in_lines(line, width, 4 if line.startswith(" ") else 0)
         return self._stream.write("\n".join(lines))
 
     def __getattr__(self, name: str) -> Any:

@@ -21,8 +21,7 @@ from polyak.training.estimate import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from polyak.cli._console import Console
     from polyak.training.config.run import RunConfig
     from polyak.training.train_config import TrainOptions
 
@@ -48,18 +47,20 @@ def print_plan(config: RunConfig, options: TrainOptions, console: Console) -> No
     found = estimate(
         config, tokens_per_second=options.tokens_per_second, processes=processes, cuda=cuda
     )
-    for line in (*configuration(config), "", *costs(found, config, processes)):
+    for line in (*configuration(config), ""):
+        console.print(line, soft_wrap=True)  # TOML, as it is
+    for line in costs(found, config, processes):
         narrow = console.width < WIDE  # no number is broken at the terminal's edge
-        console.print(re.sub(r"(?<=\S) {2,}", ": ", line) if narrow else line, soft_wrap=True)
+        console.say(re.sub(r"(?<=\S) {2,}", ": ", line) if narrow else line)
     if cuda and not cuda_here:
-        console.print("torch sees no CUDA device here: the memory is not compared with one.")
+        console.say("torch sees no CUDA device here: the memory is not compared with one.")
         return
     where = "the CUDA device" if cuda else "this machine"
     available = device_memory(cuda)
     check_memory(found.memory, available, where, 1 if cuda else processes.local)
     if available is not None:
         tight = found.memory.peak * (1 if cuda else processes.local) * OVERHEAD > available
-        console.print(
+        console.say(
             f"{where[0].upper()}{where[1:]} has {gib(available)}"
             + (", which may be too little with what comes on top." if tight else ".")
         )

@@ -12,9 +12,8 @@ import tyro
 from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from polyak.cli._bars import Bar
+    from polyak.cli._console import Console
 
 RunPaths = Annotated[
     tuple[Path, ...],
@@ -58,5 +57,5 @@ def look(
     with Bar(console) as bar:
         results = measure(line, bar, console)
     console.print(tables(results), width=80)
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    console.say(f"Report: {out / 'report.html'}")
     return 0

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli._bars import Bar
+from polyak.cli._bars import NARROW, Bar
 from polyak.cli._options import parse
 from polyak.compare.config import CompareConfig
 from polyak.output import tell
 from polyak.words import duration
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from polyak.cli._console import Console
     from polyak.compare.plan import Plan
     from polyak.compare.pool import Job, Message
 
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     finally:
         display.close()
     print_table(results, console)
-    console.print(f"Report: {config.out / 'report.html'}", soft_wrap=True)
+    console.say(f"Report: {config.out / 'report.html'}")
     failed = [run for run in results["runs"] if run["status"] == "failed"]
     for run in failed:
         tell(f"polyak compare: {run['entry']} seed {run['seed']}: {run['error']}")
@@ -79,7 +79,7 @@ class TerminalDisplay:
 
     def measuring(self, total: int) -> Callable[[], None]:
         """A bar for the speed measurements."""
-        self.console.print("Measuring speed, interleaved, one entry at a time …")
+        self.console.say("Measuring speed, interleaved, one entry at a time …")
         bar, task = self._start(total, "measuring")
 
         def tick() -> None:
@@ -93,15 +93,14 @@ class TerminalDisplay:
         self._runs, self._ended = runs, finished
         base = plan.base
         tokens = base.training.steps * base.training.batch_size * base.model.context_length
-        self.console.print(
+        self.console.say(
             f"{len(plan.entries)} entries × {plan.config.seeds} seeds on "
             f"{plan.data.manifest['corpus']['name']}; baseline {plan.baseline.name}: "
-            f"{base.training.steps} steps, {tokens / 1e6:.2f} million tokens.",
-            soft_wrap=False,
+            f"{base.training.steps} steps, {tokens / 1e6:.2f} million tokens."
         )
         there = f", {finished} of them finished already" if finished else ""
-        self.console.print(f"{runs} runs{there}, {plan.jobs} at a time: about {duration(seconds)}.")
-        self.console.print(f"Folder: {plan.config.out}", soft_wrap=True)
+        self.console.say(f"{runs} runs{there}, {plan.jobs} at a time: about {duration(seconds)}.")
+        self.console.say(f"Folder: {plan.config.out}")
         if runs > finished:
             self._todo = runs - finished
             if not self.console.is_terminal:
@@ -119,7 +118,7 @@ class TerminalDisplay:
                 else f"failed: {message['error']}"
             )
             text = f"[{self._ended}/{self._runs}] {job.entry} seed {job.seed}: {outcome}"
-            self.console.print(text, highlight=False)
+            self.console.say(text)
         elif "steps" in message:
             self._done[job.folder] = message["step"] / message["steps"]
         done = sum(self._done.values())
@@ -137,7 +136,7 @@ class TerminalDisplay:
         self.close()
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30 if self.console.width >= NARROW else 8),
             TextColumn("{task.percentage:3.0f}%"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),

@@ -94,5 +94,5 @@ def _downstream(config: EvaluateOptions, tasks: list[str], words: Sequence[str])
     )
     console = Console(highlight=False)
     console.print(downstream.table(results), width=80)
-    console.print(f"Results: {config.out / 'results.json'}", soft_wrap=True)
+    console.say(f"Results: {config.out / 'results.json'}")
     return 0

@@ -132,19 +132,22 @@ def main(words: Sequence[str]) -> int:
 def _print(prepared: Prepared, note: str) -> None:
     manifest = prepared.manifest
     sides = [side for side in ("train", "validation", "test") if side in manifest]
-    say(f"corpus       {manifest['corpus']['name']}, {manifest['split']['rule']}")
+    _row("corpus", f"{manifest['corpus']['name']}, {manifest['split']['rule']}")
     about = manifest["tokenizer"]
-    say(f"tokenizer    {about['name']}, {about['vocab_size']:,} tokens")
+    _row("tokenizer", f"{about['name']}, {about['vocab_size']:,} tokens")
     for key, name in (("documents", "documents"), ("tokens", "tokens"), ("text_bytes", "bytes")):
-        counts = ", ".join(f"{side} {manifest[side][key]:,}" for side in sides)
-        say(f"{name:<12} {counts}")
+        _row(name, ", ".join(f"{side} {manifest[side][key]:,}" for side in sides))
     if skipped := manifest["corpus"]["skipped"]:
-        say(f"left out     {', '.join(f'{count} {why}' for why, count in skipped.items())}")
+        _row("left out", ", ".join(f"{count} {why}" for why, count in skipped.items()))
     if shared := said(manifest["split"]):
-        say(f"held out     {shared}")
-    say(f"speed        {note}" if "MB/s" in note else f"state        {note}")
-    say(f"fingerprint  {prepared.fingerprint}")
-    say(f"folder       {prepared.folder}")
+        _row("held out", shared)
+    _row("speed" if "MB/s" in note else "state", note)
+    _row("fingerprint", prepared.fingerprint)
+    _row("folder", str(prepared.folder))
+
+
+def _row(name: str, value: str) -> None:
+    say(f"{name:<12} {value}", indent=13)
 
 
 def _speed(done: Done, seconds: float) -> str:
@@ -236,7 +239,7 @@ def _bench(config: PrepareConfig) -> int:
             f"{speed['low']:.2f}–{speed['high']:.2f}",
             f"{row['relative_speed']:.2f}×",
         )
-    console.print(
+    console.say(
         f"{found['corpus']}: {found['megabytes']:.1f} MB in {found['documents']:,} documents; "
         f"tokenizer {found['tokenizer']}; {found['rounds']} interleaved rounds; "
         f"load {found['load_before']}"

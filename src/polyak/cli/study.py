@@ -13,9 +13,8 @@ from polyak.output import show, tell
 from polyak.study.landscape.config import LandscapeConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from polyak.cli._bars import Bar
+    from polyak.cli._console import Console
 
 STUDIES = {"landscape": "losses, sharpness, forgetting and Jacobian spectra of several runs"}
 
@@ -74,10 +73,7 @@ def _landscape(words: Sequence[str]) -> int:
     def measure(line: str, bar: Bar, console: Console) -> dict[str, Any]:
         def planned(parts: int, there: int, seconds: float) -> None:
             finished = f", {there} of them there already" if there else ""
-            console.print(
-                f"{plural(parts, 'measurement')}{finished}: about {duration(seconds)}.",
-                soft_wrap=True,
-            )
+            console.say(f"{plural(parts, 'measurement')}{finished}: about {duration(seconds)}.")
 
         return landscape(config.runs, config, command=line, planned=planned, progress=bar)
 

@@ -7,14 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from polyak.cli._bars import NARROW
 from polyak.cli._options import parse
 from polyak.output import tell
 from polyak.training.train_config import TrainOptions, resolve
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from polyak.cli._console import Console
     from polyak.training.config.run import RunConfig
     from polyak.training.estimate import Processes
 
@@ -61,11 +62,10 @@ def _train(config: RunConfig, options: TrainOptions, console: Console) -> None:
     from polyak.training.loop import train
 
     if main:
-        console.print(
+        console.say(
             f"{config.model.rule} on {config.corpus}, {config.training.steps:,} steps of "
             f"{config.training.batch_size * config.model.context_length:,} tokens; "
-            f"folder: {options.out}",
-            soft_wrap=True,
+            f"folder: {options.out}"
         )
     with TrainDisplay(console, config) as display:
         result = train(
@@ -77,10 +77,9 @@ def _train(config: RunConfig, options: TrainOptions, console: Console) -> None:
             last_checkpoint=True,
         )
     if main:
-        console.print(
+        console.say(
             f"Finished {result['steps']:,} steps: validation loss {result['loss']:.4f} "
-            f"nats/token; folder: {options.out}",
-            soft_wrap=True,
+            f"nats/token; folder: {options.out}"
         )
 
 
@@ -134,20 +133,21 @@ class TrainDisplay:
         loss = "skipped" if message["loss"] is None else f"loss {message['loss']:.4f}"
         text = f"step {step:,}/{steps:,}  {loss}"
         if speed is not None and left is not None:
-            text += f"  {speed:,.0f} tokens/s"
+            narrow = self.console.is_terminal and self.console.width < NARROW
+            text += "" if narrow else f"  {speed:,.0f} tokens/s"
             text += f"  {_duration(left)} left" if step < steps else ""
         if self.console.is_terminal:
             self._live(step, steps, text)
         elif now - self._printed >= PLAIN_EVERY or step == steps:
             self._printed = now
-            self.console.print(text, soft_wrap=True)
+            self.console.say(text)
 
     def _live(self, step: int, steps: int, text: str) -> None:
         if self._bar is None or self._task is None:
             from rich.progress import BarColumn, Progress, TextColumn
 
             self._bar = Progress(
-                BarColumn(bar_width=16),
+                *([BarColumn(bar_width=16)] if self.console.width >= NARROW else []),
                 TextColumn("{task.description}"),
                 console=self.console,
                 transient=True,

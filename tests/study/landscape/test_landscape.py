@@ -22,6 +22,7 @@ from polyak.study.landscape.config import LandscapeConfig
 from polyak.study.landscape.measure import landscape
 from polyak.study.landscape.page import render, tables
 from polyak.study.landscape.results import number, sentence, table_of
+from polyak.study.landscape.work import FIXED
 from polyak.training.loop import train
 from tests.pages import Page, check_figures_in_browser, check_in_browser, check_text
 
@@ -137,7 +138,7 @@ def test_a_second_start_measures_nothing_again(
         command="polyak study landscape",
         planned=lambda *found: planned.append(found),
     )
-    assert planned == [(21, 21, 0.0)]
+    assert planned == [(21, 21, FIXED)]
     assert {p: p.stat().st_mtime_ns for p in files} == files
     assert [run["values"] for run in again["runs"]] == [run["values"] for run in measured["runs"]]
 

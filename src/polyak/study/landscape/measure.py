@@ -14,14 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from polyak import formats
 from polyak.analysis.config import SharpnessConfig
 from polyak.analysis.spectrum_config import SpectrumConfig
 from polyak.data.left_out import lines, skipped_files
-from polyak.errors import unknown
 from polyak.evaluation.config import ForgettingConfig, corpora_of
 from polyak.evaluation.forgetting import experiment, forget
 from polyak.evaluation.losses import require_causal, summary, token_losses
@@ -31,9 +27,10 @@ from polyak.reading import Check
 from polyak.report.pages import check_out, save
 from polyak.settings import defaults
 from polyak.study.landscape import found as kept
+from polyak.study.landscape import work
 from polyak.study.landscape.config import LandscapeConfig
 from polyak.study.landscape.properties import OWN, PROPERTIES
-from polyak.study.landscape.results import complete, value_of
+from polyak.study.landscape.results import complete, put_first, value_of
 from polyak.study.parts import Found, Part, Tick, expected, measure_all
 from polyak.study.runs.measure import gather, read_run
 from polyak.study.sharpness.measure import sharpness_of
@@ -42,12 +39,6 @@ from polyak.training.runs.finding import find_runs, short_names
 from polyak.training.runs.folder import unfinished
 
 KIND = "landscape"
-PRODUCT = 3.5
-"""A Hessian product takes about so many losses with gradients, measured on the quick model."""
-PRODUCTS = 260
-"""Typical products of one model's sharpness."""
-SEQUENCES = 500
-"""A spectrum takes about as long as so many losses with gradients of its sequence, per layer."""
 PAGE_EVERY = 10.0
 """Seconds between pages that are written on the way: to draw one takes one or two."""
 
@@ -88,13 +79,14 @@ def landscape(
         if run["status"] != "finished":
             raise unfinished(run["folder"])
     results = gather(read, command=command)
-    _put_first(results, config.baseline)
+    put_first(results, config.baseline)
     study = _Study(config, results)
     make_folder(config.out)
     with locked(config.out, "polyak study landscape"):
         parts = study.parts()
         if planned is not None:
-            planned(*expected(parts, config.out))
+            every, there, seconds = expected(parts, config.out)
+            planned(every, there, seconds + work.FIXED)
         study.missing = [part.subject + ": " + part.kind for part in parts]
         try:
             measure_all(parts, config.out, after_each=study.keep, progress=progress)
@@ -102,23 +94,6 @@ def landscape(
             study.write()  # whatever stops us, the page shows what is there
             raise
         return study.write()
-
-
-def _put_first(results: dict[str, Any], baseline: str | None) -> None:
-    """Make a kind of model the baseline, and the first of the entries.
-
-    Raises:
-        UnknownNameError: no kind has that name; the nearest is offered.
-    """
-    entries = results["entries"]
-    names = [entry["name"] for entry in entries]
-    if baseline is None:
-        plain = [entry["name"] for entry in entries if entry["rule"] == "gradient_descent"]
-        baseline = (plain or names)[0]
-    if baseline not in names:
-        raise unknown("baseline", baseline, names)
-    results["baseline"] = baseline
-    entries.sort(key=lambda entry: entry["name"] != baseline)  # stable: the others stay in order
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -154,7 +129,7 @@ class _Study:
             weights = sha256_of(subject.folder / "model" / "model.safetensors")
             shape = str(subject.settings["model"])
             if shape not in speeds:
-                speeds[shape] = _tokens_per_second(subject)
+                speeds[shape] = work.tokens_per_second(subject)
             speed = speeds[shape]
             self.results.setdefault("corpus", subject.settings["corpus"]["name"])
             first = run["entry"] not in seen
@@ -162,10 +137,10 @@ class _Study:
             for kind in made:
                 if kind == "spectrum" and config.spectrum_runs == "first" and not first:
                     continue
-                key, work, measure, fits = getattr(self, f"_{kind}")(subject, speed)
+                key, seconds, measure, fits = getattr(self, f"_{kind}")(subject, speed)
                 made[kind].append(
                     Part(
-                        *(run["name"], kind, {"weights": weights, **key}, work, measure),
+                        *(run["name"], kind, {"weights": weights, **key}, seconds, measure),
                         defaults=DEFAULTS.get(kind, {}),
                         fits=fits,
                     )
@@ -213,7 +188,7 @@ class _Study:
                 for name, corpus in corpora.items()
             },
         }
-        work = len(corpora) * config.eval_tokens / 3 / speed  # no backward pass
+        seconds = work.losses(len(corpora) * config.eval_tokens, speed)
 
         def measure(tick: Tick) -> Found:
             found: Found = {}
@@ -225,7 +200,7 @@ class _Study:
             found["others"] = sum(values) / len(values) if values else None
             return found
 
-        return key, work, measure, kept.evaluate(tuple(corpora))
+        return key, seconds, measure, kept.evaluate(tuple(corpora))
 
     def _sharpness(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
@@ -241,7 +216,7 @@ class _Study:
         )
         tokens = token_set(subject, tokens=config.sharpness_tokens)
         key = {"fingerprint": tokens.fingerprint, **_settings(wanted)}
-        work = PRODUCTS * PRODUCT * tokens.tokens / speed
+        seconds = work.sharpness(tokens.tokens, speed)
 
         def measure(tick: Tick) -> Found:
             found = sharpness_of(subject, tokens, wanted, lambda share, _: tick(share))
@@ -251,7 +226,7 @@ class _Study:
             found["rise_found"] = found["rise"]["rises"][0]["at_least"]
             return {**found, "corpus": tokens.corpus, **skipped_files(tokens.left_out)}
 
-        return key, work, measure, kept.sharpness(wanted)
+        return key, seconds, measure, kept.sharpness(wanted)
 
     def _forgetting(self, subject: Subject, speed: float) -> _Planned:
         config = self.config
@@ -267,7 +242,7 @@ class _Study:
             device=config.device,
         )
         trained = config.forgetting_steps * wanted.batch_size * subject.context_length
-        work = (trained + 11 * 2 * config.eval_tokens / 3) / speed
+        seconds = trained / speed + work.losses(11 * 2 * config.eval_tokens, speed)
 
         def measure(tick: Tick) -> Found:
             def step(at: Mapping[str, Any]) -> None:
@@ -275,7 +250,7 @@ class _Study:
 
             return forget(subject, config.onto, wanted, step)
 
-        return experiment(subject, wanted), work, measure, kept.forgetting
+        return experiment(subject, wanted), seconds, measure, kept.forgetting
 
     def _spectrum(self, subject: Subject, speed: float) -> _Planned:
         wanted = SpectrumConfig(
@@ -287,8 +262,7 @@ class _Study:
         )
         tokens = tokens_of(subject, wanted)
         key = {"fingerprint": tokens.fingerprint, **_settings(wanted)}
-        layers = subject.settings["model"]["num_layers"]
-        work = SEQUENCES * layers * tokens.tokens / speed
+        seconds = work.spectrum(subject.settings["model"]["num_layers"], tokens.tokens, speed)
 
         def measure(tick: Tick) -> Found:
             found = spectrum_of(subject, tokens, wanted, lambda share, _: tick(share))
@@ -307,25 +281,10 @@ class _Study:
                 "persistence_value": {n: value_of(g["total"]) for n, g in by_name.items()},
             }
 
-        return key, work, measure, kept.spectrum(wanted)
+        return key, seconds, measure, kept.spectrum(wanted)
 
 
 def _settings(config: SharpnessConfig | SpectrumConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers."""
     fields = [field.name for field in dataclasses.fields(config)]
     return {name: getattr(config, name) for name in fields if name not in ("out", "device")}
-
-
-def _tokens_per_second(subject: Subject) -> float:
-    """Tokens/s of a loss with its gradient, the best of some tries: the first ones warm up."""
-    length = subject.context_length
-    ids = token_set(subject, tokens=8 * length).ids.to(subject.device)
-    took = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        logits = subject.model(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        weights = [p for p in subject.model.parameters() if p.requires_grad]
-        torch.autograd.grad(loss, weights, allow_unused=True)
-        took = min(took, time.perf_counter() - began)
-    return ids[:, 1:].numel() / took

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from polyak.errors import unknown
 from polyak.statistics.correlation import holm, rank_correlation
 from polyak.statistics.paired import as_dict, differences, summary
 from polyak.statistics.verdict import difference_row
@@ -47,6 +48,23 @@ class Property:
             found = found[name]
         number = isinstance(found, int | float) and not isinstance(found, bool)
         return float(found) if number and math.isfinite(found) else None
+
+
+def put_first(results: dict[str, Any], baseline: str | None) -> None:
+    """Make a kind of model the baseline, and the first of the entries.
+
+    Raises:
+        UnknownNameError: no kind has that name; the nearest is offered.
+    """
+    entries = results["entries"]
+    names = [entry["name"] for entry in entries]
+    if baseline is None:
+        plain = [entry["name"] for entry in entries if entry["rule"] == "gradient_descent"]
+        baseline = (plain or names)[0]
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    results["baseline"] = baseline
+    entries.sort(key=lambda entry: entry["name"] != baseline)  # stable: the others stay in order
 
 
 def complete(results: Mapping[str, Any], properties: Sequence[Property]) -> dict[str, Any]:
