@@ -138,7 +138,7 @@ COMMANDS = {
     "forgetting": ("{run}", "--onto", "{corpus}", "--out", "{out}"),
     "sharpness": ("{run}", "--tokens", "32", "--out", "{out}"),
     "spectrum": ("{run}", "--out", "{out}"),
-    "dynamics": ("{run}", "--out", "{out}"),
+    "dynamics": ("{run}", "--parts", "curve", "--out", "{out}"),
     "report": ("{run}", "--out", "{out}"),
     "study": ("landscape", "{run}", "--out", "{out}"),
     "train": ("--out", "{run}", "--resume", "--steps", "3"),

@@ -39,11 +39,17 @@ def results_of(out: Path) -> dict[str, Any]:
 def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Streams) -> None:
     out = tmp_path / "out"
     given = [str(runs / "gradient_descent"), str(runs / "triple_momentum")]
-    words = ["dynamics", *given, "--tokens", "128", "--lens-tokens", "256", "--out", str(out)]
+    more = ["--parts", "curve,path", "--tokens", "128", "--lens-tokens", "256"]
+    words = ["dynamics", *given, *more, "--out", str(out)]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.replace(str(out), "").splitlines())) <= 80
-    for text in ("Loss through the final norm", "2 mlp", "retention", "detour"):
+    for text in (
+        "Loss through the final norm",
+        "2 mlp",
+        "retention",
+        "detour",
+    ):
         assert text in said, text
     results = results_of(out)
     assert (results["kind"], results["status"]) == ("dynamics", "complete")
@@ -64,10 +70,34 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
     assert momentum["curve"]["loss"][-1]["value"] == pytest.approx(found.loss[-1].value)
 
 
+@pytest.mark.slow
+def test_fields_are_measured_substep_by_substep(
+    runs: Path, tmp_path: Path, capsys: Streams
+) -> None:
+    more = ["--parts", "field", "--tokens", "128", "--sequences", "2", "--probes", "2"]
+    out = tmp_path / "out"
+    assert main(["dynamics", str(runs / "triple_momentum"), *more, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.replace(str(out), "").splitlines())) <= 80
+    for text in ("(triangular)", "λ max", "κ metric"):
+        assert text in said, text
+    results = results_of(out)
+    found = results["runs"][0]["found"]
+    assert set(found) == {f"field/{place}" for place in (1, 2, 3, 4, "nulls")}
+    assert found["field/1"]["trained"] != found["field/1"]["untrained"]
+    assert found["field/2"]["trained"]["oracle"]["own_share"]["value"] == 1  # an MLP's
+    page = (out / "report.html").read_text(encoding="utf-8")
+    check_text(page)
+    for figure in ("kappa", "kappa-token"):
+        assert f'id="{figure}-title"' in page, figure
+    assert max(map(len, as_text(tables(results), 40).splitlines())) <= 40
+
+
 def test_a_stopped_command_goes_on_where_it_stopped(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Streams
 ) -> None:
-    words = ["dynamics", str(runs / "triple_momentum"), "--tokens", "64", "--out", str(tmp_path)]
+    run = str(runs / "triple_momentum")
+    words = ["dynamics", run, "--parts", "path,curve", "--tokens", "64", "--out", str(tmp_path)]
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -103,6 +133,8 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: Streams, corp
         ([run, "--parts", ","], "names none of"),
         ([run, "--parts", "path", "--lens-tokens", "64"], "is for the part curve"),
         ([run, "--lens-tokens", "16"], "give at least 18"),
+        ([run, "--sequences", "9", "--tokens", "128"], "make 8 of 16 tokens"),
+        ([run, "--sequences", "1"], "sequences=1 must be"),
         ([run, "--tokens", "16"], "errors are over sequences"),
         ([run, "--length", "999"], "length=999 must be from 1"),
         ([run, "--corpus", "stdlibb"], "did you mean 'stdlib'?"),

@@ -10,7 +10,7 @@ from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.training.config.corpus import CorpusConfig
 
-PARTS = ("curve", "path")
+PARTS = ("curve", "path", "field")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +22,18 @@ class DynamicsConfig(CorpusConfig):
     """
 
     parts: str = ",".join(PARTS)
-    """curve: loss after every substep. path: sizes, angles, and what streams keep."""
+    """curve: loss after every substep. path: sizes, angles, and what streams keep. field: whether
+    the oracles are gradients."""
     tokens: int = 8192
     """Validation tokens for curve and path, in evenly spaced blocks."""
     length: int | None = None
     """Tokens of a sequence; default: the model's context."""
     lens_tokens: int = 0
     """Training tokens that an affine lens is fitted on for a second curve; 0 leaves it out."""
+    sequences: int = 8
+    """Sequences of these tokens for field."""
+    probes: int = 4
+    """Random vectors for each of them."""
     dtype: Literal["float64", "float32"] = "float64"
     """Arithmetic."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -40,7 +45,13 @@ class DynamicsConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         self.check_corpus()
-        for name, least in (("tokens", 2), ("lens_tokens", 0), ("seed", 0)):
+        for name, least in (
+            ("tokens", 2),
+            ("lens_tokens", 0),
+            ("sequences", 2),
+            ("probes", 2),
+            ("seed", 0),
+        ):
             check_whole(name, getattr(self, name), least)
         check_whole("length", self.length, 2, optional=True)
         for part in self._named:

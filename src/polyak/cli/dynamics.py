@@ -10,13 +10,15 @@ from polyak.cli._options import parse
 from polyak.cli._runs import RunPaths, check_named, look
 
 DESCRIPTION = """What the layers of trained models do, seen as steps of an optimizer: the loss
-after every substep, the path of x through depth, and what velocities and
-other streams keep of themselves; all with intervals over sequences. Writes
-results.json and report.html; stopped, it goes on when started again.
+after every substep; the path of x through depth, and what velocities and
+other streams keep of themselves; whether attention and MLP are gradients. All
+with intervals over sequences. Writes results.json and report.html; stopped,
+it goes on when started again.
 
 examples:
   polyak dynamics runs/mine
   polyak dynamics runs/compare --parts curve --tokens 32768 --out runs/curves
+  polyak dynamics runs/mine --parts field --sequences 16
   polyak dynamics runs/mine --lens-tokens 65536
   polyak dynamics runs/mine --corpus prose"""
 

@@ -3,6 +3,7 @@
     watched = Watched(model)               # a copy that tells what its substeps do
     curve.loss_curve(watched, ids)         # loss after every substep
     path.motion(watched, ids)              # sizes, angles, what streams keep
+    field.field_of(watched, ids, 0)        # is the first oracle a gradient?
 
 docs/analysis-dynamics.md says what each number means. Errors are over sequences: tokens of one
 sequence are not independent.

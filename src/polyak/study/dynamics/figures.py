@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from polyak.report.figures import Panel, drawn
-from polyak.report.svg import styles
+from polyak.report.svg import color, styles
 
 WALK = {
     "update": "size of updates ‖u‖/√d",
@@ -95,6 +95,38 @@ def retention(axes: Axes, results: Mapping[str, Any], stream: str) -> bool:
     return any(drew)
 
 
+def fields_of(run: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(substep from 1, what was found) of a run's oracles."""
+    for key, one in (run.get("found") or {}).items():
+        part, _, place = key.partition("/")
+        if part == "field" and place.isdigit():
+            yield int(place), one
+
+
+def kappas(axes: Axes, results: Mapping[str, Any], which: str) -> bool:
+    """κ of the oracles along depth: trained with bars, untrained as open marks."""
+    drew = False
+    for run in results["runs"]:
+        found = list(fields_of(run))
+        values = [(n, one["trained"]["oracle"][which]) for n, one in found]
+        drew |= _line(axes, run, results, [(n, value) for n, value in values if value])
+        nulls = [(n, one["untrained"]["oracle"][which]) for n, one in found]
+        points = [(n, value["value"]) for n, value in nulls if value]
+        if points:
+            style = styles(results)[run["name"]]
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle="none",
+                marker=style.marker,
+                markersize=4,
+                color=style.color,
+                markerfacecolor="none",
+            )
+    axes.axhline(0, color=color("muted"), linewidth=0.8)
+    _depth(axes, results, {"kappa": "κ", "kappa_token": "κ of own tokens"}[which])
+    return drew
+
+
 def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure of the page that has something to show, by name."""
     return drawn(
@@ -107,5 +139,7 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
                 Panel(f"kept-{stream}", f"What {stream} keeps", retention, (stream,), svg=f"k{n}")
                 for n, stream in enumerate(streams_of(results))
             ),
+            Panel("kappa", "κ of every oracle", kappas, ("kappa",)),
+            Panel("kappa-token", "κ of every oracle, own tokens", kappas, ("kappa_token",)),
         ),
     )

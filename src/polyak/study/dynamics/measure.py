@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from polyak.analysis.dynamics.curve import loss_curve
+from polyak.analysis.dynamics.field import field_of, random_matrices, untrained
 from polyak.analysis.dynamics.lens import Lens
 from polyak.analysis.dynamics.path import motion
 from polyak.analysis.dynamics.summaries import check_sequences
 from polyak.analysis.dynamics.trajectory import Watched
 from polyak.analysis.dynamics_config import DynamicsConfig
+from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
@@ -78,11 +80,16 @@ def tokens_of(subject: Subject, config: DynamicsConfig) -> TokenSet:
     """The sequences that a run is looked at on.
 
     Raises:
-        DataError: the corpus or `tokens` has fewer than two.
+        DataError: the corpus or `tokens` has fewer than two, or than `sequences`.
         PolyakError: the corpus cannot be used, or the length does not fit the model.
     """
     found = _tokens(subject, config, config.tokens, "validation")
     check_sequences(found.ids)
+    if "field" in config.chosen and len(found.ids) < config.sequences:
+        raise DataError(
+            f"sequences={config.sequences}: tokens={config.tokens} and the corpus make "
+            f"{len(found.ids)} of {found.ids.shape[1] - 1} tokens; ask for fewer, or more tokens"
+        )
     return found
 
 
@@ -117,7 +124,7 @@ def dynamics_of(
         save: called with all parts found so far whenever there is a new one.
 
     Returns:
-        By part: `curve`, `path`.
+        By part: `curve`, `path`, `field/SUBSTEP`, SUBSTEP from 1, and `field/nulls`.
 
     Raises:
         ConfigError: the model has one layer, is not causal, or its streams cannot be read.
@@ -148,8 +155,40 @@ def _pieces(subject: Subject, tokens: TokenSet, config: DynamicsConfig) -> list[
             lens = Lens(watched, other.ids.to(subject.device))
         return loss_curve(watched, ids, lens=lens).to_dict()
 
-    made: dict[str, Piece] = {
-        "curve": ("curve", 1.0, curve),
-        "path": ("path", 1.0, lambda: motion(watched, ids, seed=config.seed).to_dict()),
+    def path() -> dict[str, Any]:
+        return motion(watched, ids, seed=config.seed).to_dict()
+
+    made: dict[str, Callable[[], list[Piece]]] = {
+        "curve": lambda: [("curve", 1.0, curve)],
+        "path": lambda: [("path", 1.0, path)],
+        "field": lambda: _field(subject, watched, ids[:, :-1], config),
     }
-    return [made[part] for part in config.chosen]
+    return [piece for part in config.chosen for piece in made[part]()]
+
+
+def _field(
+    subject: Subject, watched: Watched, inputs: torch.Tensor, config: DynamicsConfig
+) -> list[Piece]:
+    """A piece for each substep, with the untrained twin beside it, and one for random matrices."""
+    own = inputs[:: len(inputs) // config.sequences][: config.sequences]
+    twin: Any = subject.model
+    null = Watched(untrained(twin, config.seed), watched.dtype)
+    settings: dict[str, Any] = {"probes": config.probes, "seed": config.seed}
+
+    def substep(place: int, label: str) -> Piece:
+        def measure() -> dict[str, Any]:
+            return {
+                "label": label,
+                "trained": field_of(watched, own, place, **settings).to_dict(),
+                "untrained": field_of(null, own, place, **settings).to_dict(),
+            }
+
+        return f"field/{place + 1}", 10.0, measure
+
+    def nulls() -> dict[str, Any]:
+        width = watched.run(own[:1]).xs[0].shape[-1]
+        found = random_matrices(own.shape[1], width, sequences=config.sequences, **settings)
+        return {name: dataclasses.asdict(one) for name, one in found.items()}
+
+    steps = [substep(place, label) for place, label in enumerate(watched.labels[1:])]
+    return [*steps, ("field/nulls", 1.0, nulls)]

@@ -11,7 +11,7 @@ from rich.text import Text
 from polyak.data.left_out import lines
 from polyak.report.pages import draw
 from polyak.report.tables import house_table
-from polyak.study.dynamics.figures import all_figures, numbers_of, streams_of
+from polyak.study.dynamics.figures import all_figures, fields_of, numbers_of, streams_of
 from polyak.words import NONE, fixed, folded, plural
 
 NAME = 20
@@ -21,14 +21,21 @@ HEADS = {
     "curve": ("after", "loss", "change"),
     "path": ("after", "‖u‖/√d", "‖u‖/‖x‖", "cos(u, u₋)", "damping"),
     "streams": ("stream", "after", "retention", "gain", "damping"),
+    "field": ("oracle", "κ", "untrained", "κ token", "own share"),
+    "sign": ("oracle", "tr J/√(n‖J‖²)", "λ min", "λ max", "λ > 0"),
+    "norm": ("oracle", "κ core", "κ metric", "loop", "random loop"),
     "whole": ("length/√d", "distance/√d", "detour"),
 }
+FIELD = ("field", "sign", "norm")
 WALKED = ("update", "relative", "turn", "damping")
 KEPT = ("retention", "gain", "damping")
 CAPTIONS = {
     "curve": "Loss through the final norm and head, nats per token",
     "path": "Updates u of x; damping 1 − ⟨u, u₋⟩/‖u₋‖²",
     "streams": "Streams: retention cos(v′, v), gain ‖∂v′/∂v‖, damping",
+    "field": "κ = tr J²/‖J‖²: 1 a gradient, 0 as random, −1 a rotation",
+    "sign": "Symmetric part of J; λ > 0: share of Σλ²",
+    "norm": "κ without and in the metric of the pre-norm; loops |∮|/Σ|side|",
     "whole": "The whole path of x",
 }
 
@@ -50,7 +57,9 @@ def rows(results: Mapping[str, Any], part: str) -> Iterator[Row]:
         found = run.get("found") or {}
         if part == "curve" and "curve" in found:
             yield from ((run["name"], cells) for cells in _curve(found["curve"]))
-        if part != "curve" and "path" in found:
+        if part in FIELD:
+            yield from ((run["name"], cells) for cells in _field(run, part))
+        elif part != "curve" and "path" in found:
             labels = found["path"]["labels"]
             yield from ((run["name"], cells) for cells in _path(run, labels, part))
 
@@ -72,6 +81,36 @@ def _path(run: Mapping[str, Any], labels: Sequence[str], part: str) -> Iterator[
                 at = f"{place}/{stream}"
                 if f"{at}/size" in numbers_of(run):
                     yield [stream, label, *(_mean(run, f"{at}/{name}") for name in KEPT)]
+
+
+def _field(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
+    for _, one in fields_of(run):
+        found, null = one["trained"], one["untrained"]["oracle"]
+        own = found["oracle"]
+        cells = {
+            "field": (own["kappa"], null["kappa"], own["kappa_token"], own["own_share"]),
+            "sign": (
+                own["trace"],
+                *(found["symmetric"][name] for name in ("bottom", "top", "positive")),
+            ),
+            "norm": (
+                *((found[name] or {}).get("kappa") for name in ("core", "metric")),
+                *(found["loops"][f"{name}/1"]["share"] for name in ("updates", "random")),
+            ),
+        }[part]
+        yield [one["label"], *map(short, cells)]
+    nulls = (run.get("found") or {}).get("field/nulls") or {}
+    for name, one in nulls.items() if part == "field" else ():
+        columns = (one["kappa"], None, one["kappa_token"], one["own_share"])
+        yield [f"({name})", *map(short, columns)]
+
+
+def short(value: Mapping[str, Any] | None) -> str:
+    """`0.03 ± 0.01`, or with more digits what is small."""
+    if not value:
+        return NONE
+    places = 3 if abs(value["value"]) < 10 else 1
+    return interval(value, places)
 
 
 def tables(results: Mapping[str, Any]) -> RenderableType:
