@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyak.ops.attention.bidirectional import Bidirectional, bidirectional_attention
 from polyak.ops.attention.causal import attend
+from polyak.ops.attention.fla_kernels import attend_by_kernels, kernels_serve
 from polyak.ops.attention.options import AttentionOptions, AttentionState, settings_of
 from polyak.ops.attention.recurrence import recur, step
 from polyak.ops.attention.reference import linear_attention_reference
@@ -65,12 +66,16 @@ def linear_attention_with_state(
 ) -> tuple[Tensor, AttentionState]:
     """`linear_attention` that goes on from a state, and returns the one after the last token.
 
+    In 16 bits on CUDA by flash-linear-attention's kernels, if they are there (`fla_kernels`).
+
     Raises:
         ConfigError: as there, or a state of other shapes.
     """
     settings = settings_of(options)
     if using_reference_forms():
         return linear_attention_reference(query, key, value, state, settings)
+    if kernels_serve(query, key, value, settings):
+        return attend_by_kernels(query, key, value, state, settings)
     return attend(query, key, value, state, settings, linear_weights, momentum=False)
 
 
