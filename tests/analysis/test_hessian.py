@@ -23,6 +23,12 @@ from polyak.errors import ConfigError, DataError
 from polyak.nn import attention
 
 MATRICES = ("muon", "ortho", "shampoo", "soap")  # the rules of which a Hessian takes longest
+CONTROLS: dict[str, Any] = {
+    "embedding_norm": "layer",
+    "stream_start": "x",
+    "residual_width": 8,
+    "embedding_reinjection": True,
+}
 every_rule = pytest.mark.parametrize(
     "rule",
     [pytest.param(r, marks=pytest.mark.slow if r in MATRICES else ()) for r in rules.names()],
@@ -115,8 +121,14 @@ def test_attention_with_a_state_has_the_dense_hessian_of_its_plain_forms(
     assert (ends - expected).abs().max() <= 1e-8 * values.abs().max()
 
 
-def test_torch_func_agrees_with_the_dense_hessian(small_model: Build, tokens: Tensor) -> None:
-    model = small_model("nesterov")
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, id="plain"), pytest.param(CONTROLS, id="controls", marks=pytest.mark.slow)],
+)
+def test_torch_func_agrees_with_the_dense_hessian(
+    fields: dict[str, Any], small_model: Build, tokens: Tensor
+) -> None:
+    model = small_model("nesterov", **fields)
     surface = Surface(model, tokens, dtype=torch.float64)
     with math_attention():
         exact = hessian(loss_of(model, surface.view.names, tokens))(surface.weights)

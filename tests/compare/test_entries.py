@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak import ModelConfig, rules
-from polyak.compare.config import FULL_RULES, QUICK_RULES
-from polyak.compare.entries import Entry, parse_entries, parse_entry, widened
+from polyak.compare.config import FULL_RULES, QUICK_RULES, CompareConfig
+from polyak.compare.entries import Entry, enlarged, parse_entries, parse_entry
 from polyak.errors import ConfigError, PolyakError
 from polyak.nn.cost import cost
 from polyak.settings import override, parse_free
@@ -134,7 +134,7 @@ def test_entries_are_kept_in_order_whatever_the_spaces(names: list[str], comma: 
 def test_the_widened_baseline_is_the_nearest_in_parameters(other: str) -> None:
     baseline = parse_entry("gradient_descent", BASE)
     target = cost(parse_entry(other, BASE).model).total_parameters
-    wide = widened(baseline, target).model
+    wide = enlarged(baseline, target).model
     assert wide.d_model % BASE.num_heads == 0
     assert dataclasses.replace(wide, d_model=16) == baseline.model
 
@@ -148,7 +148,7 @@ def test_the_widened_baseline_is_the_nearest_in_parameters(other: str) -> None:
 def test_a_widened_llama_keeps_what_rotary_positions_need() -> None:
     baseline = parse_entry("gradient_descent[preset=llama,d_model=20]", BASE)
     target = cost(parse_entry("triple_momentum[preset=llama,d_model=20]", BASE).model)
-    wide = widened(baseline, target.total_parameters).model
+    wide = enlarged(baseline, target.total_parameters).model
     assert wide.d_model > 20
     assert wide.d_model % 4 == 0
     assert dataclasses.replace(wide, d_model=20) == baseline.model
@@ -157,9 +157,57 @@ def test_a_widened_llama_keeps_what_rotary_positions_need() -> None:
 def test_a_widened_model_has_room_for_pairs_of_sinusoids() -> None:
     for brackets, unit in (("preset=momentum_transformer", 12), ("positions=sinusoidal", 6)):
         baseline = parse_entry(f"gradient_descent[{brackets},num_heads=3,d_model=12]", BASE)
-        wide = widened(baseline, cost(baseline.model).total_parameters * 2).model
+        wide = enlarged(baseline, cost(baseline.model).total_parameters * 2).model
         assert wide.d_model > 12
         assert wide.d_model % unit == 0
+
+
+@pytest.mark.parametrize("preset", ["paper", "llama", "momentum_transformer"])
+def test_a_wider_residual_stream_is_the_nearest_in_parameters(preset: str) -> None:
+    baseline = parse_entry(f"gradient_descent[preset={preset}]", BASE)
+    target = cost(parse_entry(f"triple_momentum[preset={preset}]", BASE).model).total_parameters
+    wide = enlarged(baseline, target, "residual_width")
+    width = wide.model.residual_width
+    assert wide.name == f"gradient_descent[preset={preset},residual_width={width}]"
+    assert dataclasses.replace(wide.model, residual_width=None) == baseline.model
+    unit = 4 if preset == "momentum_transformer" else 2
+
+    def miss(width: int) -> int:
+        changed = dataclasses.replace(baseline.model, residual_width=width)
+        return abs(cost(changed).total_parameters - target)
+
+    assert width is not None
+    assert miss(width) == min(map(miss, range(16, 80, unit)))
+
+
+def test_a_second_table_is_as_large_as_a_velocitys() -> None:
+    baseline = parse_entry("gradient_descent", BASE)
+    velocity = cost(parse_entry("triple_momentum", BASE).model)
+    made = enlarged(baseline, velocity.total_parameters, "reinjection")
+    assert made.name == "gradient_descent[embedding_reinjection=true]"
+    assert made == parse_entry(made.name, BASE)
+    found = cost(made.model).parameters["streams"]
+    assert found == velocity.parameters["streams"] + BASE.num_layers
+    with pytest.raises(ConfigError, match="has its second table already; use --match-by width"):
+        enlarged(made, 10**6, "reinjection")
+
+
+def test_controls_stand_in_brackets() -> None:
+    inside = "stream_start=x,embedding_norm=rms,embedding_std=1,residual_width=24"
+    entry = parse_entry(f"spherical[{inside},embedding_reinjection=true]", BASE)
+    assert entry.model == dataclasses.replace(
+        BASE,
+        rule="spherical",
+        stream_start="x",
+        embedding_norm="rms",
+        embedding_std=1.0,
+        residual_width=24,
+        embedding_reinjection=True,
+    )
+    with pytest.raises(PolyakError, match="'embeding_norm'; did you mean 'embedding_norm'"):
+        parse_entry("adam[embeding_norm=rms]", BASE)
+    with pytest.raises(ConfigError, match="match_by='residual_width' says how parameters are"):
+        CompareConfig(match_by="residual_width")
 
 
 def test_a_preset_in_brackets_sets_its_fields_and_those_beside_it_win() -> None:
@@ -192,9 +240,9 @@ def test_a_preset_in_brackets_sets_its_fields_and_those_beside_it_win() -> None:
 
 def test_a_widened_entrys_name_says_so() -> None:
     target = cost(parse_entry("triple_momentum", BASE).model).total_parameters
-    plain = widened(parse_entry("gradient_descent", BASE), target)
+    plain = enlarged(parse_entry("gradient_descent", BASE), target)
     assert plain.name == f"gradient_descent[d_model={plain.model.d_model}]"
-    untied = widened(parse_entry("gradient_descent[tie_embeddings=false]", BASE), 2 * target)
+    untied = enlarged(parse_entry("gradient_descent[tie_embeddings=false]", BASE), 2 * target)
     assert untied.name == (f"gradient_descent[tie_embeddings=false,d_model={untied.model.d_model}]")
 
 

@@ -82,7 +82,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
     ({"dropout": "some"}, "dropout='some' must be a number"),
     ({"rule": "tripel_momentum"}, "unknown rule 'tripel_momentum'; did you mean 'triple_momentum'"),
-    ({"stream_start": "ones", "rule": "nesterov"}, "stream_start='ones' must be 'zeros' or left"),
+    (
+        {"stream_start": "ones", "rule": "nesterov"},
+        "stream_start='ones' must be 'zeros', 'x'",
+    ),
     ({"stream_start": "zeros"}, "stream_start='zeros': rule gradient_descent has no stream"),
     ({"stream_start": "zeros", "rule": "rmsprop"}, "rule rmsprop has no stream that starts"),
     ({"stream_start": "zeros", "rule": "shampoo"}, "rule shampoo has no stream that starts"),

@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from polyak.nn.attention import Attention
+from polyak.nn.transformer import Block
 from polyak.rules import UpdateRule
 
 GROUPS = ("embeddings", "streams", "attention", "mlp", "norms", "scalars", "output", "other")
@@ -36,7 +37,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 def _group(model: nn.Module, name: str) -> str:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    coefficients = isinstance(owner, UpdateRule | Attention) or path == "attention_scalars"
+    coefficients = isinstance(owner, UpdateRule | Attention | Block) or path == "attention_scalars"
     if coefficients and leaf.endswith("_raw"):
         return "scalars"
     if isinstance(owner, nn.Embedding):

@@ -11,6 +11,7 @@ from polyak.errors import ConfigError
 from polyak.training.config.run import Device
 
 Match = Literal["tokens", "flops", "seconds", "params"]
+MatchBy = Literal["width", "residual_width", "reinjection"]
 
 QUICK_RULES = "gradient_descent,triple_momentum"
 FULL_RULES = (
@@ -39,7 +40,10 @@ class CompareConfig:
     --quick 600."""
     match: Match = "tokens"
     """What is equal for all: `tokens`, training `flops`, `seconds` (by speeds measured first), or
-    `params` (equal tokens, the baseline widened to the largest entry's parameter count)."""
+    `params` (equal tokens, the baseline enlarged to the largest entry's parameter count)."""
+    match_by: MatchBy = "width"
+    """How --match params enlarges the baseline: in `width`, in `residual_width` at fixed attention
+    and MLP, or by `reinjection`: a second table, as a velocity's own, added before every layer."""
     corpus: str = "stdlib"
     """`stdlib`, `prose`, `tinystories` or another name (see `polyak prepare --help`), or a path to
     text files, a folder, JSONL or Parquet."""
@@ -74,6 +78,11 @@ class CompareConfig:
             check_whole(name, getattr(self, name), optional=True)
         if self.seeds >= SWEEP_SEED:
             raise ConfigError(f"seeds={self.seeds} must be below {SWEEP_SEED}")
+        if self.match_by != "width" and self.match != "params":
+            raise ConfigError(
+                f"match_by={self.match_by!r} says how parameters are matched, and this comparison "
+                f"has match={self.match!r}; use --match params, or leave it out"
+            )
         if self.quick and self.rules is not None:
             raise ConfigError(
                 "quick=True compares a fixed pair of rules; leave out either --quick or --rules"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyak.compare.config import MatchBy
 from polyak.errors import ConfigError
 from polyak.nn.config import ModelConfig
 from polyak.nn.rule_text import parse_rule, split_entries
@@ -101,36 +102,54 @@ def parse_entry(text: str, base: ModelConfig, kept: Path | None = None) -> Entry
     return Entry(found.label, model)
 
 
-def widened(baseline: Entry, target: int) -> Entry:
-    """The baseline at the width whose parameter count is nearest to `target`.
+def enlarged(baseline: Entry, target: int, by: MatchBy = "width") -> Entry:
+    """The baseline with as many parameters as `target`, or as near as `by` allows.
 
     Widths are multiples of the number of heads that positions of the model's kind allow; depth
-    and heads stay.
+    and heads stay. A second table is as large as it is.
+
+    Raises:
+        ConfigError: a second table is there already.
     """
+    model = baseline.model
+    if by == "reinjection":
+        if model.embedding_reinjection:
+            raise ConfigError(
+                f"match_by='reinjection': {baseline.name} has its second table already; use "
+                "--match-by width or residual_width"
+            )
+        option = "embedding_reinjection=true"
+        model = dataclasses.replace(model, embedding_reinjection=True)
+    else:
+        name = "d_model" if by == "width" else "residual_width"
+        width = _width_for(model, target, name)
+        option = f"{name}={width}"
+        model = dataclasses.replace(model, **{name: width})  # type: ignore[arg-type]
+    return Entry(_label_with(baseline.name, option), model)
+
+
+def _width_for(model: ModelConfig, target: int, name: str) -> int:
+    """The value of `name`, from today's on, whose parameter count is nearest to `target`."""
     from polyak.nn.cost import cost
 
-    heads = baseline.model.num_heads
-    step = _unit(baseline.model) // heads
+    def count(width: int) -> int:
+        changed = dataclasses.replace(model, **{name: width})  # type: ignore[arg-type]
+        return cost(changed).total_parameters
 
-    def at(multiple: int) -> ModelConfig:
-        return dataclasses.replace(baseline.model, d_model=multiple * heads)
-
-    multiple = baseline.model.d_model // heads
-    while cost(at(multiple + step)).total_parameters <= target:
-        multiple += step
-    best = min(
-        (multiple, multiple + step), key=lambda m: abs(cost(at(m)).total_parameters - target)
-    )
-    model = at(best)
-    return Entry(_label_with(baseline.name, f"d_model={model.d_model}"), model)
+    step = _unit(model, name)
+    width = model.d_model if name == "d_model" else model.stream_width
+    while count(width + step) <= target:
+        width += step
+    return min((width, width + step), key=lambda w: abs(count(w) - target))
 
 
-def _unit(model: ModelConfig) -> int:
+def _unit(model: ModelConfig, name: str) -> int:
     """Of what widths are multiples: of the heads, and of what pairs of dimensions need."""
-    if model.positions == "rope":
-        return 2 * model.num_heads
+    heads = model.num_heads
+    if model.positions == "rope" and name == "d_model":
+        return 2 * heads
     pairs = {"added": 2, "concatenated": 4}[model.position_mix]
-    return math.lcm(model.num_heads, pairs) if model.positions == "sinusoidal" else model.num_heads
+    return math.lcm(heads, pairs) if model.positions == "sinusoidal" else heads
 
 
 def _label_with(name: str, option: str) -> str:

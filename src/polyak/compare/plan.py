@@ -15,8 +15,9 @@ from polyak.compare.config import (
     QUICK_STEPS,
     SWEEP_SEED,
     CompareConfig,
+    MatchBy,
 )
-from polyak.compare.entries import Entry, parse_entries, widened
+from polyak.compare.entries import Entry, enlarged, parse_entries
 from polyak.compare.pool import Job
 from polyak.compare.sweep import Grid, Point, parse_grid
 from polyak.data.batches import TrainBatches
@@ -162,7 +163,7 @@ def make_plan(config: CompareConfig) -> Plan:
     entries = parse_entries(rules, base.model, config.out)
     notes = []
     if config.match == "params":
-        entries, note = _match_parameters(entries)
+        entries, note = _match_parameters(entries, config.match_by)
         notes.append(note)
     for entry in entries:
         check_vocabulary(entry.model, data)
@@ -213,7 +214,7 @@ def _split_of(out: Path) -> int:
     return int(found["corpus"]["split"])
 
 
-def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]:
+def _match_parameters(entries: Sequence[Entry], by: MatchBy) -> tuple[tuple[Entry, ...], str]:
     counts = [cost(entry.model).total_parameters for entry in entries[1:]]
     if not counts:
         raise ConfigError("match='params' needs something to match: name at least two rules")
@@ -221,17 +222,26 @@ def _match_parameters(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], str]
     before = entries[0]
     if cost(before.model).total_parameters > target:
         raise ConfigError(
-            f"match='params' widens the baseline, but {before.name} already has more parameters "
+            f"match='params' enlarges the baseline, but {before.name} already has more parameters "
             "than every other entry; put a smaller entry first"
         )
-    wide = widened(before, target)
-    count = cost(wide.model).total_parameters
+    made = enlarged(before, target, by)
+    count = cost(made.model).total_parameters
+    if any(entry.name == made.name for entry in entries[1:]):
+        raise ConfigError(
+            f"match='params' makes the baseline {made.name}, which is an entry too; remove one"
+        )
+    how = {
+        "width": f"widening {before.name} from d = {before.model.d_model} to {made.model.d_model}",
+        "residual_width": f"widening the residual stream of {before.name}, at fixed attention and "
+        f"MLP, from {before.model.stream_width} to {made.model.stream_width}",
+        "reinjection": f"giving {before.name} a second table, which is added before every layer",
+    }
     note = (
-        f"Parameters are matched by widening {before.name} from d = {before.model.d_model} to "
-        f"{wide.model.d_model}: {count:,} against {target:,} of the largest other entry "
-        f"({100 * (count / target - 1):+.1f}%)."
+        f"Parameters are matched by {how[by]}: {count:,} against {target:,} of the largest other "
+        f"entry ({100 * (count / target - 1):+.1f}%)."
     )
-    return (wide, *entries[1:]), note
+    return (made, *entries[1:]), note
 
 
 def corpus_summary(plan: Plan) -> dict[str, object]:

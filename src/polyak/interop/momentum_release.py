@@ -36,6 +36,7 @@ _SAME = {
     "bias": True,
     "qk_norm": False,
     "tie_embeddings": False,
+    "embedding_reinjection": False,
 }
 _LAYER = {
     "attention.out": "attention.out_projection",
@@ -90,6 +91,7 @@ def _check_backbone(model: Transformer, whole: bool) -> None:
     same = dict(_SAME)
     if whole:
         same |= {"positions": "sinusoidal", "position_mix": "concatenated"}
+        same |= {"embedding_norm": "none"}
     for name, value in same.items():
         if getattr(config, name) != value:
             raise ConfigError(

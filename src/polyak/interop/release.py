@@ -50,7 +50,11 @@ def released_names(model: Transformer) -> dict[str, str]:
             f"{model.placement.name}"
         )
     own = {"norm_eps": config.norm_eps, "splitting": "lie_trotter"}
-    released = {**PAPER, **own}
+    released = {**PAPER, **own, "embedding_norm": "none", "embedding_reinjection": False}
+    if config.stream_width != config.d_model:
+        released["residual_width"] = None
+    if config.stream_start == "x":
+        released["stream_start"] = None
     if config.kv_heads == config.num_heads:
         released["num_kv_heads"] = config.num_kv_heads
     if config.heads_width == config.d_model:

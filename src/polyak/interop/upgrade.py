@@ -140,7 +140,7 @@ def upgrade(
     model = Transformer(config).eval()
     new = {name for name, _ in model.named_parameters()}
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    drawn = {name for name in missing if name.startswith("streams.") or ".rules." in name}
+    drawn = {n for n in missing if n.startswith(("streams.", "starts.")) or ".rules." in n}
     assert not unexpected, unexpected
     assert set(missing) & new == drawn, missing
     return Upgrade(model, True) if exact else Upgrade(model, False, fit(source, model, text()))

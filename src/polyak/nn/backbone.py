@@ -73,21 +73,27 @@ def _check_sinusoids(config: Any) -> None:
                 f"positions are {config.positions!r}; set them, or leave position_mix out"
             )
     elif config.position_mix == "added":
-        if config.d_model % 2:
+        if config.stream_width % 2:
             raise ConfigError(
                 "positions='sinusoidal' are pairs of a sine and a cosine, but "
-                f"d_model={config.d_model} is odd; use an even one"
+                f"{_width(config)} is odd; use an even one"
             )
-    elif config.d_model % 4:
+    elif config.stream_width % 4:
         raise ConfigError(
-            "position_mix='concatenated' makes half of d_model pairs of a sine and a cosine, "
-            f"but d_model={config.d_model} is no multiple of 4; use one"
+            f"position_mix='concatenated' makes half of {_width(config).partition('=')[0]} pairs "
+            f"of a sine and a cosine, but {_width(config)} is no multiple of 4; use one"
         )
     elif config.tie_embeddings:
         raise ConfigError(
             "tie_embeddings=True: with position_mix='concatenated' the token table has half "
             "of d_model, and the output matrix all of it; set tie_embeddings=false"
         )
+
+
+def _width(config: Any) -> str:
+    """The field that sets the residual stream's width, with its value."""
+    name = "d_model" if config.residual_width is None else "residual_width"
+    return f"{name}={config.stream_width}"
 
 
 def _check_scaling(config: Any, scaling: Any) -> None:

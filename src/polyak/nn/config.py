@@ -11,6 +11,7 @@ from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.nn.attention_registry import KINDS
 from polyak.nn.backbone import MOST, check_backbone
+from polyak.nn.controls import check_controls
 from polyak.nn.presets import RULES, Preset, preset_fields
 from polyak.settings import check_keys, typed
 
@@ -21,6 +22,8 @@ NormKind = Literal["layer", "rms"]
 NormPosition = Literal["pre", "post"]
 MLPKind = Literal["plain", "gated"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+EmbeddingNorm = Literal["none", "layer", "rms"]
+StreamStart = Literal["zeros", "x"]
 _CHOICES = {
     "splitting": Splitting,
     "positions": Positions,
@@ -29,6 +32,7 @@ _CHOICES = {
     "norm_position": NormPosition,
     "mlp": MLPKind,
     "activation": Activation,
+    "embedding_norm": EmbeddingNorm,
 }
 
 
@@ -49,7 +53,12 @@ class ModelConfig:
     num_heads: int = 4
     """Attention heads H; must divide d_model."""
     d_model: int = 128
-    """Width d of the residual stream."""
+    """Width d of attention and the MLP, and of the residual stream where `residual_width` leaves it
+    so."""
+    residual_width: int | None = None
+    """Width R of the residual stream: of x, the rule's streams, norms, tables and the output
+    matrix. Attention reads R numbers into heads of d/H, the MLP into its 4d, and both write R back:
+    what is computed inside them stays as wide. A multiple of num_heads; None: d_model."""
     vocab_size: int = 256
     """Number of token ids."""
     context_length: int = 128
@@ -58,10 +67,24 @@ class ModelConfig:
     splitting: Splitting = "lie_trotter"
     """`lie_trotter`: a step on attention, then one on the MLP. `simultaneous`: one step on their
     sum at the same point (the Euler splitting of arXiv:2601.23236)."""
-    stream_start: Literal["zeros"] | None = None
-    """`zeros` starts at zero the streams that otherwise start from their own embedding tables."""
+    stream_start: StreamStart | None = None
+    """Where streams start that otherwise start from their own embedding tables: `zeros`; or `x`,
+    κ ∘ LN(x₀) of the first layer's x, with R learned numbers κ that start at 0.5 (LN is of the
+    model's kind)."""
     tie_embeddings: bool = True
     """Use the token table as output matrix too."""
+    embedding_norm: EmbeddingNorm = "none"
+    """What x₀ becomes before the first layer, without parameters: (x₀ − mean)/√(var + eps) with
+    `layer`, x₀/√(mean x₀² + eps) with `rms`. The sum of tokens and positions is normed; the table
+    is not, and neither is an output matrix that is tied to it."""
+    embedding_std: float | None = None
+    """Standard deviation with which x's token table is drawn; the draws are the same, only scaled.
+    None: 0.02, or 1 beside sinusoids with an untied output. A tied output matrix is that table, so
+    logits start as many times larger. Tables of positions and streams stay at 0.02."""
+    embedding_reinjection: bool = False
+    """A control for a velocity's own tables: a second token (and position) table E, as large as a
+    stream's, is added to x before every layer, x ← x + ω LN(E), with one learned number ω a layer,
+    0.1 at first, and LN without parameters. No momentum carries it: each layer sees it anew."""
     causal: bool = True
     """Let a position see itself and earlier positions only."""
     positions: Positions = "learned"
@@ -123,6 +146,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "vocab_size", "context_length"):
             check_whole(name, getattr(self, name), most=MOST[name])
+        check_whole("residual_width", self.residual_width, optional=True, most=MOST["d_model"])
         if self.d_model % self.num_heads:
             divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(divisors, key=lambda h: (abs(h - self.num_heads), h))
@@ -133,9 +157,10 @@ class ModelConfig:
         for name, kinds in _CHOICES.items():
             if getattr(self, name) not in get_args(kinds):
                 raise unknown(name, str(getattr(self, name)), get_args(kinds))
-        for name in ("tie_embeddings", "causal", "bias", "qk_norm"):
+        for name in ("tie_embeddings", "causal", "bias", "qk_norm", "embedding_reinjection"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+        check_controls(self)
         check_backbone(self)
         if self.rope_scaling is not None:  # JSON has lists
             object.__setattr__(self, "rope_scaling", tuple(map(float, self.rope_scaling)))
@@ -145,8 +170,6 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ConfigError(f"{name}={value!r} must be a number from 0 to below 1")
-        if self.stream_start not in (None, "zeros"):
-            raise ConfigError(f"stream_start={self.stream_start!r} must be 'zeros' or left out")
         for name in ("rule_options", "attention_options"):
             options = getattr(self, name)
             if not isinstance(options, Mapping):
@@ -162,7 +185,7 @@ class ModelConfig:
         from polyak.nn.placement import placement_of
 
         placed = placement_of(self)
-        starts = [stream.name for stream in placed.streams if stream.start == "embedding"]
+        starts = [s for part in placed.parts for s in part.rule.streams if s.start == "embedding"]
         if self.stream_start is not None and not starts:
             raise ConfigError(
                 f"stream_start={self.stream_start!r}: rule {placed.name} has no stream that starts "
@@ -173,6 +196,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """D of attention: d / H, or head_dim."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def stream_width(self) -> int:
+        """R, width of x and of the rule's streams: residual_width, or d."""
+        return self.d_model if self.residual_width is None else self.residual_width
 
     @property
     def kv_heads(self) -> int:
@@ -191,8 +219,8 @@ class ModelConfig:
 
     @property
     def token_width(self) -> int:
-        """Width of a token's vector in the table of x: d, or d/2 beside sinusoidal positions."""
-        return self.d_model // (2 if self.position_mix == "concatenated" else 1)
+        """Width of a token's vector in the table of x: R, or R/2 beside sinusoidal positions."""
+        return self.stream_width // (2 if self.position_mix == "concatenated" else 1)
 
     @property
     def hidden_width(self) -> int:

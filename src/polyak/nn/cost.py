@@ -6,7 +6,8 @@ four products: on the meta device it runs as plain matrix products. (A flash ker
 scores once more in backward and may skip the masked half.) Kinds with a state are counted as they
 run, by chunks; a user's kind that declares no price is measured (`polyak.nn.attention._cost`). The
 one formula torch lacks, of an in-place `baddbmm_`, is registered by `polyak.rules._cost`.
-With T the context length, d the width and V the vocabulary, one token's forward pass takes
+With T the context length, d the width of the residual stream and V the vocabulary, one token's
+forward pass takes
 
     layers · (2dD(2H + 2H_kv) + 4·T·H·D + 2m·d·w) + 2dV + the rule's own products,
 
@@ -17,6 +18,7 @@ except for the rule's own products, which recompute some.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,9 +43,9 @@ class Cost:
 
     parameters: dict[str, int] = field(hash=False)
     """Parameters by group: `tokens` and `positions` (x's tables), `streams` (tables of auxiliary
-    streams), `attention` and `mlp` (their matrices and biases), `norms` (in front of the oracles
-    and the head, and of queries and keys), `rule` (its scalars and norms), `output` (0 when tied
-    to `tokens`)."""
+    streams, or the gains with which they start from x, and what is reinjected), `attention` and
+    `mlp` (their matrices and biases), `norms` (in front of the oracles and the head, and of queries
+    and keys), `rule` (its scalars and norms), `output` (0 when tied to `tokens`)."""
     forward_flops_per_token: int
     """Matrix products of the forward pass, in FLOPs."""
     backward_flops_per_token: int
@@ -88,7 +90,7 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
         AttentionError: the same of a kind of attention.
     """
     from polyak.nn.attention._cost import sequence_flops, token_flops
-    from polyak.nn.placement import placement_of
+    from polyak.nn.placement import placement_of, start_of
     from polyak.rules._cost import norm_elements
 
     last = config.context_length - 1
@@ -96,14 +98,14 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     if not 0 <= position <= last:
         raise ConfigError(f"position={position} must be from 0 to {last}, the end of the context")
     check_whole("bytes_per_number", bytes_per_number)
-    placement, d = placement_of(config), config.d_model
+    placement, d = placement_of(config), config.stream_width
     costs = {id(placed): placed.step_cost(config) for placed in placement.parts}
     steps = [(substep, costs[id(placed)]) for substep, placed in placement.steps()]
     # a step on both oracles is one of a "layer"
     to_attention = sum(cost.oracle_calls for substep, cost in steps if substep != "mlp")
     to_mlp = sum(cost.oracle_calls for substep, cost in steps if substep != "attention")
     to_both = sum(cost.oracle_calls for substep, cost in steps if substep == "layer")
-    tables = sum(s.start == "embedding" and config.stream_start is None for s in placement.streams)
+    starts = [start_of(stream, config) for stream in placement.streams]
     rule_forward = sum(cost.forward_flops for _, cost in steps)
 
     matrices = to_attention * _attention_matrices(config) + to_mlp * _mlp_matrices(config)
@@ -117,13 +119,13 @@ def cost(config: ModelConfig, *, position: int | None = None, bytes_per_number: 
     norm = norm_elements(config.norm, d, config.bias)
     state = d + sum(_numbers(s.shape(d, config.num_heads)) for s in placement.streams)
     return Cost(
-        parameters=_parameters(config, placement, tables),
+        parameters=_parameters(config, placement, starts),
         forward_flops_per_token=rest + rule_forward + _share(to_attention * inside[0], tokens),
         backward_flops_per_token=2 * rest
         + sum(cost.backward_flops for _, cost in steps)
         + _share(to_attention * inside[1], tokens),
         decoding_flops_per_token=decoding,
-        elementwise_per_token=_starts(config, tables)
+        elementwise_per_token=_starts(config, starts)
         # a pre-norm is taken whenever an oracle is called, a post-norm once a step
         + norm * (to_attention + to_mlp if config.norm_position == "pre" else 2 * config.num_layers)
         + to_attention * _inside_attention(config)
@@ -141,21 +143,31 @@ def _share(flops: int, tokens: int) -> int:
     return (2 * flops + tokens) // (2 * tokens)
 
 
-def _starts(config: ModelConfig, tables: int) -> int:
-    """Elements that are added to tokens where x and streams start."""
+def _starts(config: ModelConfig, starts: Sequence[str]) -> int:
+    """Elements written where x and streams start, and where a table is added to x in each layer."""
+    from polyak.rules._cost import norm_elements
+
+    d = config.stream_width
     if config.positions == "sinusoidal":
-        return config.d_model * (config.position_mix == "added")
-    return (1 + tables) * config.d_model * (config.positions == "learned")
+        written = d * (config.position_mix == "added")
+    else:
+        written = (1 + starts.count("embedding")) * d * (config.positions == "learned")
+    written += starts.count("x") * norm_elements(config.norm, d)
+    if config.embedding_norm != "none":  # without a gain
+        written += norm_elements(config.embedding_norm, d) - d
+    if config.embedding_reinjection:
+        written += norm_elements(config.norm, d) - d + 2 * d * config.num_layers
+    return written
 
 
 def _attention_matrices(config: ModelConfig) -> int:
     """Entries of attention's matrices, each met once by a token."""
-    return (config.qkv_width + config.heads_width) * config.d_model
+    return (config.qkv_width + config.heads_width) * config.stream_width
 
 
 def _mlp_matrices(config: ModelConfig) -> int:
     """Entries of the MLP's matrices, each met once by a token."""
-    return (3 if config.mlp == "gated" else 2) * config.d_model * config.hidden_width
+    return (3 if config.mlp == "gated" else 2) * config.stream_width * config.hidden_width
 
 
 def _inside_mlp(config: ModelConfig) -> int:
@@ -176,7 +188,7 @@ def _inside_attention(config: ModelConfig) -> int:
     return inside
 
 
-def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[str, int]:
+def _parameters(config: ModelConfig, placement: Placement, starts: Sequence[str]) -> dict[str, int]:
     import torch
 
     from polyak.nn.attention._cost import parameters
@@ -184,7 +196,12 @@ def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[
     with torch.device("meta"):  # a user's rule may hold any parameters
         made = {id(placed): placed.make(config) for placed in placement.parts}
     own = {key: sum(p.numel() for p in rule.parameters()) for key, rule in made.items()}
-    d, layers, bias, width = config.d_model, config.num_layers, config.bias, config.hidden_width
+    d, layers, bias, width = (
+        config.stream_width,
+        config.num_layers,
+        config.bias,
+        config.hidden_width,
+    )
     qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
     affine = 1 + (bias and config.norm == "layer")
     positions = config.context_length * (config.positions == "learned")
@@ -192,7 +209,9 @@ def _parameters(config: ModelConfig, placement: Placement, tables: int) -> dict[
     return {
         "tokens": config.vocab_size * config.token_width,
         "positions": positions * d,
-        "streams": tables * (config.vocab_size + positions) * d,
+        "streams": starts.count("embedding") * (config.vocab_size + positions) * d
+        + starts.count("x") * d
+        + layers * config.embedding_reinjection,
         "attention": layers
         * ((config.qkv_width + config.heads_width) * d + qkv_bias * config.qkv_width + bias * d)
         if config.attention == "softmax"

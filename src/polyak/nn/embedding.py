@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context, places
+from polyak.nn.controls import REINJECTED
+from polyak.nn.norms import plain_norm
 from polyak.nn.sinusoidal import sinusoids
 
 
 class Embedding(nn.Module):
-    """Token vectors and what is known of their positions: (B, T) ids → (B, T, d).
+    """Token vectors and what is known of their positions, normed if asked: (B, T) ids → (B, T, d).
 
     Learned positions are a second table. Sinusoidal ones come into x alone: a stream's table has
     tokens only then, of width d, as with rotary positions or none.
@@ -24,7 +26,10 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, stream: str | None = None) -> None:
         super().__init__()
-        d, width = config.d_model, config.token_width if stream is None else config.d_model
+        d = config.stream_width
+        width = config.token_width if stream is None else d
+        norms = {None: config.embedding_norm, REINJECTED: config.norm}
+        self.norm, self.norm_eps = norms.get(stream, "none"), config.norm_eps
         self.dropout = config.dropout
         self.tokens = nn.Embedding(config.vocab_size, width)
         self.positions = (
@@ -48,7 +53,11 @@ class Embedding(nn.Module):
             x = x + self.positions.weight[context.past : context.length]
         else:
             x = x + self.positions(context.positions)
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(self.normed(x), self.dropout, self.training)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the norm without parameters makes of the sum of tokens and positions."""
+        return plain_norm(self.norm, x, self.norm_eps)
 
     def mix(self, x: Tensor, table: Tensor) -> Tensor:
         """Tokens (B, T, ·) with sinusoids (T, ·) or (B, T, ·): (B, T, d)."""

@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, width = config.d_model, config.hidden_width
+        d, width = config.stream_width, config.hidden_width
         self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
         self.pre_norm = config.norm_position == "pre"
         self.activation = ACTIVATIONS[config.activation]

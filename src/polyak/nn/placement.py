@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from polyak.errors import ConfigError
+from polyak.nn.controls import REINJECTED
 from polyak.nn.rule_places import SUBSTEPS, Part, parts_of, short, text_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Placed:
 
     def make(self, config: ModelConfig) -> UpdateRule:
         """An instance, for one substep of one layer."""
-        return self.rule(config.d_model, config.num_heads, **self._settings(config))
+        return self.rule(config.stream_width, config.num_heads, **self._settings(config))
 
     def step_cost(self, config: ModelConfig) -> StepCost:
         """One token's cost of one step.
@@ -53,7 +54,7 @@ class Placed:
         """
         from polyak.rules._cost import step_cost
 
-        return step_cost(self.rule, config.d_model, config.num_heads, **self._settings(config))
+        return step_cost(self.rule, config.stream_width, config.num_heads, **self._settings(config))
 
     def _settings(self, config: ModelConfig) -> dict[str, Any]:
         return {
@@ -139,7 +140,8 @@ def placement_of(config: ModelConfig) -> Placement:
         rule.resolve(config.rule_options)
         one = Placed(parts[0], rule, dict(config.rule_options))
         layer = dict.fromkeys(SUBSTEPS[config.splitting], one)
-        return Placement(rule.name, (one,), (layer,) * config.num_layers, rule.streams)
+        streams = _with_reinjected(rule.streams, config)
+        return Placement(rule.name, (one,), (layer,) * config.num_layers, streams)
     if config.rule_options:
         raise ConfigError(
             f"rule_options={config.rule_options!r} do not say whose they are in "
@@ -155,7 +157,8 @@ def placement_of(config: ModelConfig) -> Placement:
     layers = tuple({s: by_part[part] for s, part in layer.items()} for layer in owners)
     steps = [one.rule for layer in layers for one in layer.values()]
     named = [one.part.named(one.rule.name) for one in placed]
-    return Placement(text_of(tuple(named)), tuple(placed), layers, _union(steps, config))
+    streams = _with_reinjected(_union(steps, config), config)
+    return Placement(text_of(tuple(named)), tuple(placed), layers, streams)
 
 
 def _owners(parts: tuple[Part, ...], config: ModelConfig) -> list[dict[str, Part]]:
@@ -220,7 +223,7 @@ def _union(steps: list[type[UpdateRule]], config: ModelConfig) -> tuple[Stream, 
     for rule in steps:
         for stream in rule.streams:
             other, owner = found.setdefault(stream.name, (stream, rule))
-            if _start(other, config) != _start(stream, config):
+            if start_of(other, config) != start_of(stream, config):
                 raise ConfigError(
                     f"rule: stream {stream.name!r} starts from {other.start} in {owner.name} and "
                     f"from {stream.start} in {rule.name}, but streams of one name are one stream; "
@@ -236,9 +239,24 @@ def _union(steps: list[type[UpdateRule]], config: ModelConfig) -> tuple[Stream, 
     return tuple(stream for stream, _ in found.values())
 
 
-def _start(stream: Stream, config: ModelConfig) -> str:
-    """Where a stream starts in this model."""
-    return config.stream_start or stream.start if stream.start == "embedding" else stream.start
+def start_of(stream: Stream, config: ModelConfig) -> str:
+    """Where a stream starts in this model: as `Stream.start`, or `x`."""
+    free = stream.start == "embedding" and stream.name != REINJECTED
+    return config.stream_start or stream.start if free else stream.start
+
+
+def _with_reinjected(streams: tuple[Stream, ...], config: ModelConfig) -> tuple[Stream, ...]:
+    """The rules' streams, and the one that is added to x before every layer."""
+    from polyak.rules import Stream
+
+    if not config.embedding_reinjection:
+        return streams
+    if any(stream.name == REINJECTED for stream in streams):
+        raise ConfigError(
+            f"embedding_reinjection=True has a stream {REINJECTED!r} of its own, and rule "
+            f"{short(config.rule)} has one of that name; rename the rule's"
+        )
+    return *streams, Stream(REINJECTED)
 
 
 def _said(part: Part) -> str:

@@ -226,6 +226,7 @@ def _small(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config,
         num_layers=_layers(config),
+        residual_width=None if config.residual_width is None else 2 * heads * width,
         num_heads=heads,
         num_kv_heads=None if config.kv_heads == config.num_heads else 1,
         d_model=heads * width,

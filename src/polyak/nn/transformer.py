@@ -14,11 +14,13 @@ from polyak.nn.attention import Attention
 from polyak.nn.cache import Cache
 from polyak.nn.config import ModelConfig
 from polyak.nn.context import Context, context_of
+from polyak.nn.controls import REINJECTED
 from polyak.nn.embedding import Embedding
 from polyak.nn.mlp import MLP
-from polyak.nn.norms import norm
-from polyak.nn.placement import Placed, Placement, placement_of, step
+from polyak.nn.norms import gain_norm, norm
+from polyak.nn.placement import Placed, Placement, placement_of, start_of, step
 from polyak.nn.splitting import norm_after, oracle_of
+from polyak.ops import axpy
 from polyak.rules import State, Stream, UpdateRule
 
 
@@ -35,11 +37,15 @@ class Block(nn.Module):
         self.rules = nn.ModuleDict(
             {substep: placed.make(config) for substep, placed in rules.items()}
         )
+        self.reinjection_raw = (
+            nn.Parameter(torch.full((1,), 0.1)) if config.embedding_reinjection else None
+        )
 
     def forward(
         self, x: Tensor, state: State, context: Context | None = None
     ) -> tuple[Tensor, State]:
         """One step of the rule per substep; x is (B, T, d), and normed after it if post-norm."""
+        x = self.reinjected(x, state)
         rule: UpdateRule
         for substep, rule in self.rules.items():  # type: ignore[assignment]  # a Module to torch
             oracle = oracle_of(substep, self.attention, self.mlp, context)
@@ -47,6 +53,12 @@ class Block(nn.Module):
             if self.post_norm:
                 x = norm_after(substep, self.attention, self.mlp)(x)
         return x, state
+
+    def reinjected(self, x: Tensor, state: State) -> Tensor:
+        """What the layer steps from: x, or x + ω LN(E) with `embedding_reinjection`."""
+        if self.reinjection_raw is None:
+            return x
+        return axpy(self.reinjection_raw, getattr(state, REINJECTED), x)
 
 
 class Transformer(nn.Module):
@@ -56,6 +68,7 @@ class Transformer(nn.Module):
     the two output projections of a layer N(0, 0.02/√(2·layers)), norm weights 1, biases 0,
     rule scalars at their initial values. Tokens beside sinusoids of amplitude 1 are N(0, 1), as
     in the release that has them (arXiv:2208.00579), unless their table is the output matrix too.
+    `ModelConfig.embedding_std` says otherwise of the token table alone.
 
     Args:
         config: the architecture.
@@ -68,12 +81,16 @@ class Transformer(nn.Module):
         self.config = config
         self.placement: Placement = placement_of(config)  # read once: a file may change or go
         self.embedding = Embedding(config)
+        starts = {stream.name: start_of(stream, config) for stream in self.placement.streams}
         self.streams = nn.ModuleDict(
             {
-                stream.name: Embedding(config, stream.name)
-                for stream in self.placement.streams
-                if self._learned(stream)
+                name: Embedding(config, name)
+                for name, start in starts.items()
+                if start == "embedding"
             }
+        )
+        self.starts = nn.ModuleDict(
+            {name: gain_norm(config) for name, start in starts.items() if start == "x"}
         )
         kind = attention.get(config.attention)
         self.attention_scalars = nn.ParameterDict()
@@ -84,7 +101,7 @@ class Transformer(nn.Module):
         self._recurrent = kind.recurrent
         self.blocks = nn.ModuleList(Block(config, placed, kind) for placed in self.placement.layers)
         self.norm = norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.stream_width, config.vocab_size, bias=False)
         self.init_weights(seed)
         if config.tie_embeddings:
             self.head.weight = self.embedding.tokens.weight
@@ -131,7 +148,8 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         beside = self.config.positions == "sinusoidal" and not self.config.tie_embeddings
-        unit = 1.0 if beside else 0.02
+        std = self.config.embedding_std
+        unit = std if std is not None else 1.0 if beside else 0.02
         modules = sorted(self.named_modules(), key=lambda named: named[0].startswith("streams."))
         for name, module in modules:
             if isinstance(module, nn.Linear):
@@ -244,13 +262,13 @@ class Transformer(nn.Module):
             for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
                 for name, value in rule.scalar_values().items():
                     put(name, substep, layer, value)
+            raw: Any = block.reinjection_raw
+            if raw is not None:
+                put("reinjection", "layer", layer, float(raw.detach()))
             kind: Any = block.attention
             for name, value in kind.scalar_values(self.attention_scalars).items():
                 put(f"attention.{name}", "attention", layer, value)
         return values
-
-    def _learned(self, stream: Stream) -> bool:
-        return stream.start == "embedding" and self.config.stream_start is None
 
     def _start(self, input_ids: Tensor, context: Context | None) -> tuple[Tensor, State]:
         x = self.embedding(input_ids, context)
@@ -260,12 +278,15 @@ class Transformer(nn.Module):
     def _start_of(
         self, stream: Stream, input_ids: Tensor, x: Tensor, context: Context | None
     ) -> Tensor:
-        if self._learned(stream):
+        if stream.name in self.streams:
             start: Tensor = self.streams[stream.name](input_ids, context)
-            return start
-        if stream.start == "embedding":  # the control: no tables of its own
-            return torch.zeros_like(x)
-        return stream.constant(x, self.config.num_heads)
+        elif stream.name in self.starts:
+            start = self.starts[stream.name](x)
+        elif stream.start == "embedding":  # the control: no tables of its own
+            start = torch.zeros_like(x)
+        else:
+            start = stream.constant(x, self.config.num_heads)
+        return start
 
 
 def _draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:

@@ -33,7 +33,7 @@ State: TypeAlias = Any
 """A rule's auxiliary streams: a named tuple with a `replace` method."""
 
 COEFFICIENTS = ("constrained", "unconstrained")
-STARTS = ("embedding", "zeros", "ones", "identity")
+STARTS = ("embedding", "x", "zeros", "ones", "identity")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Stream:
     Attributes:
         name: attribute of the state, `state.v`.
         start: its value before the first layer: `"embedding"` (its own learned token and position
-            tables, (B, T, d)), `"zeros"`, `"ones"` ((B, T, d)), or `"identity"`
-            ((B, T, D, D) with D = d / heads).
+            tables, (B, T, d)), `"x"` (κ ∘ LN(x₀) with d learned numbers κ, (B, T, d)), `"zeros"`,
+            `"ones"` ((B, T, d)), or `"identity"` ((B, T, D, D) with D = d / heads).
     """
 
     name: str
@@ -62,7 +62,7 @@ class Stream:
         return (head_dim, head_dim) if self.start == "identity" else (d_model,)
 
     def constant(self, x: Tensor, num_heads: int) -> Tensor:
-        """The start of a stream without tables: like x (B, T, d), or (B, T, D, D)."""
+        """A start that nothing is learned of: like x (B, T, d), or (B, T, D, D)."""
         if self.start == "zeros":
             return torch.zeros_like(x)
         if self.start == "ones":

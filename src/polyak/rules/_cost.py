@@ -164,7 +164,7 @@ def _run(rule: UpdateRule, d_model: int, batch: int) -> StepCost:
         x = torch.randn(batch, _TOKENS, d_model, requires_grad=True)
         starts = {
             stream.name: torch.randn_like(x)
-            if stream.start == "embedding"
+            if stream.start in ("embedding", "x")
             else stream.constant(x, rule.num_heads).clone()
             for stream in rule.streams
         }

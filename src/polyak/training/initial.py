@@ -23,7 +23,7 @@ from polyak.nn.rule_places import brackets_of, parts_of, text_of
 from polyak.nn.transformer import Transformer
 from polyak.training.runs.folder import check_finished, read_model_config, read_weights
 
-FREE_TO_DIFFER = ("dropout", "rule_options.frozen")
+FREE_TO_DIFFER = ("dropout", "embedding_std", "rule_options.frozen")
 """What training may change about a model without changing what its weights compute."""
 
 

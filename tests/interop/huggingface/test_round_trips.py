@@ -164,6 +164,33 @@ def test_a_copy_is_a_model_of_its_own(tiny: Callable[..., Any]) -> None:
     assert model(IDS).logits.any()
 
 
+CONTROLS: dict[str, Any] = {
+    "embedding_norm": "layer",
+    "embedding_std": 0.5,
+    "residual_width": 18,
+    "embedding_reinjection": True,
+}
+
+
+@pytest.mark.parametrize(("rule", "start"), [("gradient_descent", None), ("spherical", "x")])
+def test_controls_of_start_and_width_are_kept(
+    tiny: Callable[..., Any], tmp_path: Path, rule: str, start: str | None
+) -> None:
+    model = tiny(rule, **CONTROLS, stream_start=start)
+    same(model, there_and_back(model, tmp_path))
+    named = hf.PolyakConfig(rule=rule, d_model=12, num_heads=3, stream_start=start, **CONTROLS)
+    assert {name: named.polyak[name] for name in CONTROLS} == CONTROLS
+    assert named.hidden_size == 12
+    made = model.generate(IDS[:1], max_new_tokens=2, do_sample=False)
+    with torch.no_grad():
+        assert int(made[0, 5]) == int(model(IDS[:1]).logits[0, -1].argmax())
+    model.resize_token_embeddings(13, mean_resizing=False)
+    assert len(model.transformer.streams["reinjected"].tokens.weight) == 13
+    assert model(IDS).logits.shape[-1] == 13
+    old = {k: v for k, v in ModelConfig(rule="adam").to_dict().items() if k not in CONTROLS}
+    assert hf.PolyakConfig(old).model_config() == ModelConfig(rule="adam")  # as saved before
+
+
 @pytest.mark.parametrize("size", [7, 11, 16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings_resize_the_streams_tables_too(

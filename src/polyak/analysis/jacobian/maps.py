@@ -278,7 +278,7 @@ def _lookahead(block: Any, x: Tensor, state: Any) -> Tensor:
     def ask(point: Tensor) -> Tensor:
         raise _Found(point)
 
-    first = next(iter(block.rules.values()))
+    first, x = next(iter(block.rules.values())), block.reinjected(x, state)
     try:
         step(first, x, state, oracle_of("attention", ask, ask))  # type: ignore[arg-type]
     except _Found as found:

@@ -29,7 +29,7 @@ class Attention(nn.Module):
     What is common to all kinds; a kind defines `attend`. H query heads share H_kv heads of keys
     and values, H/H_kv neighbours each; with rotary positions, queries and keys are turned, after
     their own norms where there are any. Weights qkv ((H + 2H_kv)·D, d), queries first, then keys,
-    then values; and out (d, H·D).
+    then values; and out (d, H·D), with d the width of the residual stream.
 
     Class attributes a kind may set:
         equation: one line for tables.
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, bias = config.d_model, config.bias if config.qkv_bias is None else config.qkv_bias
+        d, bias = config.stream_width, config.bias if config.qkv_bias is None else config.qkv_bias
         self.num_heads, self.causal, self.dropout = config.num_heads, config.causal, config.dropout
         self.num_kv_heads, self.head_dim = config.kv_heads, config.head_width
         self.pre_norm = config.norm_position == "pre"

@@ -20,7 +20,8 @@ from polyak.nn.attention import Attention
 from polyak.nn.attention._matrix import MatrixAttention
 from polyak.nn.attention.softmax import SoftmaxAttention
 from polyak.nn.cache import KeyValueCache
-from polyak.nn.decoding.one_position import Sinusoids, Turn
+from polyak.nn.decoding.one_position import Turn
+from polyak.nn.decoding.one_start import lookup, starts_of
 from polyak.nn.decoding.one_state import KINDS, OneState, Scratch
 from polyak.nn.decoding.one_vector import is_large, product
 from polyak.nn.decoding.ready import pre_norm, ready_norm, ready_rule
@@ -32,7 +33,6 @@ from polyak.nn.transformer import Transformer
 from polyak.rules import Oracle, State
 from polyak.rules._norms import LayerNorm, RMSNorm
 
-Start = Callable[[Tensor, int], Tensor]
 Step = Callable[[Tensor, State, Oracle], tuple[Tensor, State]]
 
 
@@ -67,6 +67,8 @@ class OneToken:
             attention = self._attention(kind) if self._store is not None else self._state_of(kind)
             mlp = _mlp(block.mlp)  # type: ignore[arg-type]
             oracles = {"attention": attention, "mlp": mlp, "layer": _both(attention, mlp)}
+            if block.reinjection_raw is not None:
+                self._steps.append((_reinjected(block), attention))
             for substep, rule in block.rules.items():  # type: ignore[union-attr, operator]
                 ready = ready_rule(rule)
                 alone = ready.State is placement.State
@@ -75,18 +77,9 @@ class OneToken:
                     after = norm_after(substep, block.attention, block.mlp)  # type: ignore[arg-type]
                     step = _normed(step, ready_norm(after))
                 self._steps.append((step, oracles[substep]))
-        self._embedding = _lookup(model.embedding)
+        self._embedding = lookup(model.embedding)
         self._state = placement.State
-        example = model.head.weight[None, :1]
-        self._starts: list[tuple[str, Start]] = []
-        for stream in placement.streams:
-            if stream.name in model.streams:
-                start = _lookup(model.streams[stream.name])  # type: ignore[arg-type]
-            elif stream.start == "embedding":
-                start = _constant(torch.zeros_like(example))
-            else:
-                start = _constant(stream.constant(example, config.num_heads))
-            self._starts.append((stream.name, start))
+        self._starts = starts_of(model)
         self._norm = ready_norm(model.norm)
         self._head = product(model.head.weight, model.head.bias)
 
@@ -118,7 +111,7 @@ class OneToken:
             self._keys, self._values = keys.transpose(2, 3).unbind(0), values.unbind(0)
         self._turn.to(position)
         x = self._embedding(ids, position)
-        state = self._state(**{name: start(ids, position) for name, start in self._starts})
+        state = self._state(**{name: start(ids, position, x) for name, start in self._starts})
         for move, oracle in self._steps:
             x, state = move(x, state, oracle)
         self._position += 1
@@ -236,19 +229,8 @@ def _both(attention: Oracle, mlp: Oracle) -> Oracle:
     return lambda x: attention(x) + mlp(x)
 
 
-def _lookup(table: Embedding) -> Start:
-    tokens = table.tokens.weight
-    if table.position_mix is not None:
-        rows = Sinusoids(table)
-        return lambda ids, position: table.mix(F.embedding(ids, tokens), rows(position))
-    if table.positions is None:
-        return lambda ids, position: F.embedding(ids, tokens)
-    positions = table.positions.weight
-    return lambda ids, position: F.embedding(ids, tokens) + positions.narrow(0, position, 1)
-
-
-def _constant(value: Tensor) -> Start:
-    return lambda ids, position: value
+def _reinjected(block: Any) -> Step:
+    return lambda x, state, oracle: (block.reinjected(x, state), state)
 
 
 def _normed(step: Step, norm: Callable[[Tensor], Tensor]) -> Step:
