@@ -71,24 +71,25 @@ def test_runs_are_measured_side_by_side(runs: Path, tmp_path: Path, capsys: Stre
 
 
 @pytest.mark.slow
-def test_fields_are_measured_substep_by_substep(
+def test_fields_and_state_maps_are_measured_substep_by_substep(
     runs: Path, tmp_path: Path, capsys: Streams
 ) -> None:
-    more = ["--parts", "field", "--tokens", "128", "--sequences", "2", "--probes", "2"]
+    more = ["--parts", "field,stability", "--tokens", "128", "--sequences", "2", "--probes", "2"]
     out = tmp_path / "out"
     assert main(["dynamics", str(runs / "triple_momentum"), *more, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.replace(str(out), "").splitlines())) <= 80
-    for text in ("(triangular)", "λ max", "κ metric"):
+    for text in ("(triangular)", "λ max", "κ metric", "Σ ln ρ(B)", "departure"):
         assert text in said, text
     results = results_of(out)
     found = results["runs"][0]["found"]
-    assert set(found) == {f"field/{place}" for place in (1, 2, 3, 4, "nulls")}
+    both = {f"stability/{which}" for which in ("trained", "untrained")}
+    assert set(found) == {f"field/{place}" for place in (1, 2, 3, 4, "nulls")} | both
     assert found["field/1"]["trained"] != found["field/1"]["untrained"]
     assert found["field/2"]["trained"]["oracle"]["own_share"]["value"] == 1  # an MLP's
     page = (out / "report.html").read_text(encoding="utf-8")
     check_text(page)
-    for figure in ("kappa", "kappa-token"):
+    for figure in ("kappa", "kappa-token", "log_product", "inside"):
         assert f'id="{figure}-title"' in page, figure
     assert max(map(len, as_text(tables(results), 40).splitlines())) <= 40
 

@@ -4,6 +4,7 @@
     curve.loss_curve(watched, ids)         # loss after every substep
     path.motion(watched, ids)              # sizes, angles, what streams keep
     field.field_of(watched, ids, 0)        # is the first oracle a gradient?
+    stability.stability(watched, ids)      # do the substeps contract?
 
 docs/analysis-dynamics.md says what each number means. Errors are over sequences: tokens of one
 sequence are not independent.

@@ -70,7 +70,7 @@ def check_oracles(watched: Watched) -> None:
     """
     if not watched.ours:
         raise ConfigError(
-            f"field is of the oracles of polyak's models, and the blocks of "
+            f"field and stability are of polyak's models, and the blocks of "
             f"{type(watched.original).__name__} are not taken apart; curve and path are for it, too"
         )
 

@@ -59,6 +59,22 @@ def _line(axes: Axes, run: Mapping[str, Any], results: Mapping[str, Any], points
     return True
 
 
+def _open_marks(
+    axes: Axes, run: Mapping[str, Any], results: Mapping[str, Any], points: Any
+) -> None:
+    """The values of a run's untrained twin, without bars."""
+    style = styles(results)[run["name"]]
+    axes.plot(
+        [place for place, _ in points],
+        [one["value"] for _, one in points],
+        linestyle="none",
+        marker=style.marker,
+        markersize=4,
+        color=style.color,
+        markerfacecolor="none",
+    )
+
+
 def _depth(axes: Axes, results: Mapping[str, Any], ylabel: str) -> None:
     """Points by name where the runs have the same, by number elsewhere."""
     parts = [part for run in results["runs"] for part in (run.get("found") or {}).values()]
@@ -111,19 +127,36 @@ def kappas(axes: Axes, results: Mapping[str, Any], which: str) -> bool:
         values = [(n, one["trained"]["oracle"][which]) for n, one in found]
         drew |= _line(axes, run, results, [(n, value) for n, value in values if value])
         nulls = [(n, one["untrained"]["oracle"][which]) for n, one in found]
-        points = [(n, value["value"]) for n, value in nulls if value]
-        if points:
-            style = styles(results)[run["name"]]
-            axes.plot(
-                *zip(*points, strict=True),
-                linestyle="none",
-                marker=style.marker,
-                markersize=4,
-                color=style.color,
-                markerfacecolor="none",
-            )
+        _open_marks(axes, run, results, [(n, value) for n, value in nulls if value])
     axes.axhline(0, color=color("muted"), linewidth=0.8)
     _depth(axes, results, {"kappa": "κ", "kappa_token": "κ of own tokens"}[which])
+    return drew
+
+
+GROWTH = {"log_product": "ln ‖Π‖ from the start", "inside": "share inside the region"}
+"""What is drawn of the state maps along depth."""
+
+
+def stability_of(run: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """The numbers of the state maps by `POINT/NAME`; `which`: trained or untrained."""
+    return dict(((run.get("found") or {}).get(f"stability/{which}") or {}).get("numbers") or {})
+
+
+def growth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
+    """One number of the state maps along depth; untrained as open marks."""
+    drew = False
+    for run in results["runs"]:
+        found = {
+            which: [
+                (int(key.partition("/")[0]), one["mean"])
+                for key, one in stability_of(run, which).items()
+                if key.partition("/")[2] == name and one["mean"]
+            ]
+            for which in ("trained", "untrained")
+        }
+        drew |= _line(axes, run, results, found["trained"])
+        _open_marks(axes, run, results, found["untrained"])
+    _depth(axes, results, GROWTH[name])
     return drew
 
 
@@ -141,5 +174,9 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
             ),
             Panel("kappa", "κ of every oracle", kappas, ("kappa",)),
             Panel("kappa-token", "κ of every oracle, own tokens", kappas, ("kappa_token",)),
+            *(
+                Panel(name, f"Along depth: {what}", growth, (name,))
+                for name, what in GROWTH.items()
+            ),
         ),
     )

@@ -17,6 +17,7 @@ from polyak.analysis.dynamics.curve import loss_curve
 from polyak.analysis.dynamics.field import field_of, random_matrices, untrained
 from polyak.analysis.dynamics.lens import Lens
 from polyak.analysis.dynamics.path import motion
+from polyak.analysis.dynamics.stability import stability
 from polyak.analysis.dynamics.summaries import check_sequences
 from polyak.analysis.dynamics.trajectory import Watched
 from polyak.analysis.dynamics_config import DynamicsConfig
@@ -85,7 +86,7 @@ def tokens_of(subject: Subject, config: DynamicsConfig) -> TokenSet:
     """
     found = _tokens(subject, config, config.tokens, "validation")
     check_sequences(found.ids)
-    if "field" in config.chosen and len(found.ids) < config.sequences:
+    if {"field", "stability"} & {*config.chosen} and len(found.ids) < config.sequences:
         raise DataError(
             f"sequences={config.sequences}: tokens={config.tokens} and the corpus make "
             f"{len(found.ids)} of {found.ids.shape[1] - 1} tokens; ask for fewer, or more tokens"
@@ -124,7 +125,8 @@ def dynamics_of(
         save: called with all parts found so far whenever there is a new one.
 
     Returns:
-        By part: `curve`, `path`, `field/SUBSTEP`, SUBSTEP from 1, and `field/nulls`.
+        By part: `curve`, `path`, `field/SUBSTEP`, SUBSTEP from 1, and `field/nulls`; of
+        `stability`, `stability/trained` and `stability/untrained`.
 
     Raises:
         ConfigError: the model has one layer, is not causal, or its streams cannot be read.
@@ -158,10 +160,12 @@ def _pieces(subject: Subject, tokens: TokenSet, config: DynamicsConfig) -> list[
     def path() -> dict[str, Any]:
         return motion(watched, ids, seed=config.seed).to_dict()
 
+    few = ids[:: len(ids) // config.sequences or 1, :-1][: config.sequences]
     made: dict[str, Callable[[], list[Piece]]] = {
         "curve": lambda: [("curve", 1.0, curve)],
         "path": lambda: [("path", 1.0, path)],
-        "field": lambda: _field(subject, watched, ids[:, :-1], config),
+        "field": lambda: _field(subject, watched, few, config),
+        "stability": lambda: _stability(subject, watched, few, config),
     }
     return [piece for part in config.chosen for piece in made[part]()]
 
@@ -170,25 +174,44 @@ def _field(
     subject: Subject, watched: Watched, inputs: torch.Tensor, config: DynamicsConfig
 ) -> list[Piece]:
     """A piece for each substep, with the untrained twin beside it, and one for random matrices."""
-    own = inputs[:: len(inputs) // config.sequences][: config.sequences]
-    twin: Any = subject.model
-    null = Watched(untrained(twin, config.seed), watched.dtype)
+    null = _untrained(subject, config)
     settings: dict[str, Any] = {"probes": config.probes, "seed": config.seed}
 
     def substep(place: int, label: str) -> Piece:
         def measure() -> dict[str, Any]:
             return {
                 "label": label,
-                "trained": field_of(watched, own, place, **settings).to_dict(),
-                "untrained": field_of(null, own, place, **settings).to_dict(),
+                "trained": field_of(watched, inputs, place, **settings).to_dict(),
+                "untrained": field_of(null, inputs, place, **settings).to_dict(),
             }
 
         return f"field/{place + 1}", 10.0, measure
 
     def nulls() -> dict[str, Any]:
-        width = watched.run(own[:1]).xs[0].shape[-1]
-        found = random_matrices(own.shape[1], width, sequences=config.sequences, **settings)
+        width = watched.run(inputs[:1]).xs[0].shape[-1]
+        found = random_matrices(inputs.shape[1], width, sequences=config.sequences, **settings)
         return {name: dataclasses.asdict(one) for name, one in found.items()}
 
     steps = [substep(place, label) for place, label in enumerate(watched.labels[1:])]
     return [*steps, ("field/nulls", 1.0, nulls)]
+
+
+def _stability(
+    subject: Subject, watched: Watched, inputs: torch.Tensor, config: DynamicsConfig
+) -> list[Piece]:
+    """The model, and its untrained twin."""
+
+    def of(model: Watched) -> Callable[[], dict[str, Any]]:
+        return lambda: stability(model, inputs, seed=config.seed).to_dict()
+
+    size = 10.0 * (len(watched.labels) - 1)
+    null = _untrained(subject, config)
+    return [
+        ("stability/trained", size / 2, of(watched)),
+        ("stability/untrained", size / 2, of(null)),
+    ]
+
+
+def _untrained(subject: Subject, config: DynamicsConfig) -> Watched:
+    twin: Any = subject.model
+    return Watched(untrained(twin, config.seed), getattr(torch, config.dtype))

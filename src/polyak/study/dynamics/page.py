@@ -11,7 +11,13 @@ from rich.text import Text
 from polyak.data.left_out import lines
 from polyak.report.pages import draw
 from polyak.report.tables import house_table
-from polyak.study.dynamics.figures import all_figures, fields_of, numbers_of, streams_of
+from polyak.study.dynamics.figures import (
+    all_figures,
+    fields_of,
+    numbers_of,
+    stability_of,
+    streams_of,
+)
 from polyak.words import NONE, fixed, folded, plural
 
 NAME = 20
@@ -24,7 +30,15 @@ HEADS = {
     "field": ("oracle", "κ", "untrained", "κ token", "own share"),
     "sign": ("oracle", "tr J/√(n‖J‖²)", "λ min", "λ max", "λ > 0"),
     "norm": ("oracle", "κ core", "κ metric", "loop", "random loop"),
+    "maps": ("after", "ρ(B)", "‖B‖", "departure", "retention"),
+    "region": ("after", "inside", "untrained", "Re λ > 0", "untrained"),
+    "growth": ("after", "ln‖Π‖", "untrained", "Σ ln‖B‖", "Σ ln ρ(B)"),
     "whole": ("length/√d", "distance/√d", "detour"),
+}
+STABILITY: dict[str, tuple[Any, ...]] = {
+    "maps": ("radius", "norm", "departure", "retention"),
+    "region": ("inside", ("untrained", "inside"), "ascending", ("untrained", "ascending")),
+    "growth": ("log_product", ("untrained", "log_product"), "log_norms", "log_radii"),
 }
 FIELD = ("field", "sign", "norm")
 WALKED = ("update", "relative", "turn", "damping")
@@ -36,6 +50,9 @@ CAPTIONS = {
     "field": "κ = tr J²/‖J‖²: 1 a gradient, 0 as random, −1 a rotation",
     "sign": "Symmetric part of J; λ > 0: share of Σλ²",
     "norm": "κ without and in the metric of the pre-norm; loops |∮|/Σ|side|",
+    "maps": "State map of each substep, a token at a time",
+    "region": "Shares of (token, eigenvalue λ of the oracle) in the region, and ascending",
+    "growth": "Product Π of the state maps from the start",
     "whole": "The whole path of x",
 }
 
@@ -59,6 +76,8 @@ def rows(results: Mapping[str, Any], part: str) -> Iterator[Row]:
             yield from ((run["name"], cells) for cells in _curve(found["curve"]))
         if part in FIELD:
             yield from ((run["name"], cells) for cells in _field(run, part))
+        elif part in STABILITY:
+            yield from ((run["name"], cells) for cells in _stability(run, part))
         elif part != "curve" and "path" in found:
             labels = found["path"]["labels"]
             yield from ((run["name"], cells) for cells in _path(run, labels, part))
@@ -103,6 +122,18 @@ def _field(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
     for name, one in nulls.items() if part == "field" else ():
         columns = (one["kappa"], None, one["kappa_token"], one["own_share"])
         yield [f"({name})", *map(short, columns)]
+
+
+def _stability(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
+    labels = ((run.get("found") or {}).get("stability/trained") or {}).get("labels") or ()
+    both = {which: stability_of(run, which) for which in ("trained", "untrained")}
+    for place, label in enumerate(labels):
+        if place:
+            names = (
+                ("trained", name) if isinstance(name, str) else name for name in STABILITY[part]
+            )
+            ones = [(both[which].get(f"{place}/{name}") or {}) for which, name in names]
+            yield [label, *(short(one.get("mean")) for one in ones)]
 
 
 def short(value: Mapping[str, Any] | None) -> str:
