@@ -69,13 +69,16 @@ def test_bench_times_models_every_kernel_and_the_loss(tmp_path: Path, capsys: St
 
 
 def test_bench_times_attention_beside_softmax(tmp_path: Path, capsys: Streams) -> None:
-    size = ["--num-heads", "2", "--d-model", "8", "--context-length", "40", "--batch-size", "1"]
+    size = ["--num-heads", "2", "--d-model", "8", "--lengths", "40,20", "--batch-size", "1"]
     words = ["bench", "--what", "attention", *size, "--rounds", "1", "--threads", "1"]
     assert main([*words, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["attention"]
     shown = capsys.readouterr().out
-    assert rows[0]["name"] == "softmax"
-    assert all(row["name"] in shown for row in rows)
+    assert {row["tokens"] for row in rows} == {20, 40}
+    for row in rows:
+        kind, bracket, variant = row["name"].partition("[")
+        assert kind in shown
+        assert bracket + variant in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -5,28 +5,41 @@ measurement can be told."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Measurement = dict[str, Any]
+Name = TypeVar("Name")
 
 
-def interleave(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; one untimed round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def interleave(
+    steps: Mapping[Name, Callable[[], Any]], rounds: int, once: float = math.inf
+) -> dict[Name, list[float]]:
+    """Seconds of each step in each round; one untimed round first.
+
+    A step that takes more than `once` seconds there is not repeated: that is its time in every
+    round.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
+    long: dict[Name, float] = {}
     for number in range(rounds + 1):
         for name, step in steps.items():
             began = time.perf_counter()
-            step()
+            if name not in long:
+                step()
+            took = long.get(name, time.perf_counter() - began)
             if number:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
+            elif took > once:
+                long[name] = took
     return seconds
 
 

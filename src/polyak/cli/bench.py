@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from polyak import formats
 from polyak.checks import check_whole
 from polyak.cli._options import parse
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from polyak.errors import ConfigError
 
 DESCRIPTION = """Time forward + backward of every rule's model, of every numerical kernel in its
 fast and its reference form, and of ways to compute the loss of a large
@@ -33,7 +31,7 @@ examples:
     --d-model 128 --context-length 10240 \\
     --rules "gradient_descent,gradient_descent[attention=momentum]"
   polyak bench --what attention --num-heads 4 --d-model 128 \\
-    --context-length 4096 --batch-size 4"""
+    --lengths 1024,4096 --batch-size 4"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +55,9 @@ class BenchConfig:
     """Width."""
     context_length: int = 256
     """Tokens in a sequence."""
+    lengths: str | None = None
+    """With --what attention: sequence lengths separated by commas (`1024,4096`). Default: the
+    context length."""
     batch_size: int = 8
     """Sequences at once."""
     vocab_size: int = 256
@@ -79,6 +80,24 @@ class BenchConfig:
         for name in ("rounds", "batch_size", "new_tokens"):
             check_whole(name, getattr(self, name))
         check_whole("threads", self.threads, optional=True)
+        if self.lengths is not None and self.what != "attention":
+            raise ConfigError("lengths is for --what attention; elsewhere it is --context-length")
+        _ = self.every_length
+
+    @property
+    def every_length(self) -> tuple[int, ...]:
+        """What attention is timed at, ascending."""
+        if self.lengths is None:
+            return (self.context_length,)
+        try:
+            found = sorted({int(one) for one in self.lengths.split(",")})
+        except ValueError:
+            found = [0]
+        if found[0] < 1:
+            raise ConfigError(
+                f"lengths={self.lengths!r} must be whole numbers of at least 1, separated by commas"
+            )
+        return tuple(found)
 
 
 def main(words: Sequence[str]) -> int:
@@ -89,6 +108,13 @@ def main(words: Sequence[str]) -> int:
     from polyak.bench.loss import losses
     from polyak.bench.models import Shape, default_rules, models
     from polyak.bench.ops import kernels
+    from polyak.bench.tables import (
+        attention_table,
+        generate_table,
+        loss_table,
+        model_table,
+        op_table,
+    )
     from polyak.bench.timing import load, threads
     from polyak.cli._console import Console
     from polyak.files import make_folder, write_json
@@ -124,7 +150,9 @@ def main(words: Sequence[str]) -> int:
         work = "forward + backward" if config.what != "generate" else "generation"
         batch = "" if config.what == "generate" else f"batch {config.batch_size}, "
         loads = ", ".join(f"{value:.2f}" for value in results["load_before"] or ()) or "unknown"
-        size = f"{plural(config.num_heads, 'head')}, d={config.d_model}, T={config.context_length}"
+        lengths = config.every_length
+        every = ", ".join(f"{tokens:,}" for tokens in lengths)
+        size = f"{plural(config.num_heads, 'head')}, d={config.d_model}, T={every}"
         if config.what == "attention":
             size += f", batch {config.batch_size}"
         else:
@@ -136,142 +164,33 @@ def main(words: Sequence[str]) -> int:
         )
         if config.what in ("all", "models"):
             results["models"] = models(shape, names, config.rounds, gpt2=config.gpt2)
-            console.print(_model_table(results["models"], names[0]))
+            console.print(model_table(results["models"], names[0]))
         if config.what in ("all", "ops"):
             tokens = config.batch_size * config.context_length
             results["ops"] = kernels(
                 tokens, config.num_heads, config.d_model // config.num_heads, config.rounds
             )
-            console.print(_op_table(results["ops"], tokens))
+            console.print(op_table(results["ops"], tokens))
         if config.what in ("all", "loss"):
             tokens = config.batch_size * config.context_length
             results["loss"] = losses(tokens, config.vocab_size, config.d_model, config.rounds)
-            console.print(_loss_table(results["loss"], tokens, config.vocab_size))
+            console.print(loss_table(results["loss"], tokens, config.vocab_size))
         if config.what == "generate":
             results["generate"] = generation(
                 shape, names, config.rounds, config.new_tokens, gpt2=config.gpt2
             )
-            console.print(_generate_table(results["generate"], config.new_tokens))
+            console.print(generate_table(results["generate"], config.new_tokens))
         if config.what == "attention":
             results["attention"] = attentions(
                 config.batch_size,
-                config.context_length,
+                lengths,
                 config.num_heads,
                 config.d_model // config.num_heads,
                 config.rounds,
             )
-            console.print(_attention_table(results["attention"]))
+            for tokens in lengths:
+                console.print(attention_table(results["attention"], tokens, tokens == lengths[-1]))
     results["load_after"] = load()
     if config.out is not None:
         write_json(make_folder(config.out) / "results.json", results)
     return 0
-
-
-def _model_table(rows: Sequence[dict[str, Any]], first: str) -> Table:
-    from rich.text import Text
-
-    table = _table("", "tokens/s", "speed", "low–high", "peak MB", "peak")
-    table.caption = f"speed and peak memory relative to {first}; low–high over rounds"
-    for row in rows:
-        ratio = row["relative_speed"]
-        table.add_row(
-            Text(row["name"]),  # brackets are no markup
-            f"{row['tokens_per_second']['median']:,.0f}",
-            f"{ratio['median']:.3f}",
-            f"{ratio['low']:.3f}–{ratio['high']:.3f}",
-            f"{row['peak_bytes'] / 1e6:,.0f}",
-            f"{row['relative_peak']:.2f}",
-        )
-    return table
-
-
-def _op_table(rows: Sequence[dict[str, Any]], tokens: int) -> Table:
-    table = _table("", "fast ms", "low–high", "reference ms", "speed-up")
-    table.caption = f"ops on {tokens} tokens"
-    for row in rows:
-        fast = row["fast_seconds"]
-        table.add_row(
-            row["name"],
-            f"{1e3 * fast['median']:.2f}",
-            f"{1e3 * fast['low']:.2f}–{1e3 * fast['high']:.2f}",
-            f"{1e3 * row['reference_seconds']['median']:.2f}",
-            f"{row['speed_up']:.2f}×",
-        )
-    return table
-
-
-def _loss_table(rows: Sequence[dict[str, Any]], tokens: int, vocabulary: int) -> Table:
-    table = _table("", "ms", "time", "low–high", "MB", "peak", "value", "grad")
-    table.caption = (
-        f"loss of {tokens} tokens, vocabulary {vocabulary}: time and peak memory relative to the "
-        "plain form; relative error of the value and the larger one of its two gradients, against "
-        "float64"
-    )
-    for row in rows:
-        ratio, errors = row["relative_time"], row["relative_errors"]
-        table.add_row(
-            row["name"],
-            f"{1e3 * row['seconds']['median']:.1f}",
-            f"{ratio['median']:.2f}",
-            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            f"{row['relative_peak']:.2f}",
-            f"{errors['loss']:.0e}",
-            f"{max(errors['features'], errors['weight']):.0e}",
-        )
-    return table
-
-
-def _generate_table(rows: Sequence[dict[str, Any]], new_tokens: int) -> Table:
-    from rich.text import Text
-
-    places = list(rows[0].get("seconds_at", {}))
-    table = _table(
-        *("", "tokens/s", "speed", "low–high"), *(f"ms at {int(at):,}" for at in places), "ratio"
-    )
-    last = rows[-1]["name"]
-    table.caption = (
-        f"greedy, one row, a short prompt and {new_tokens} new tokens; speed relative to "
-        f"{last if last == 'GPT2LMHeadModel' else rows[0]['name']}"
-    )
-    if places:
-        table.caption += "; one token's time at positions, and the ratio of the last to the first"
-    for row in rows:
-        ratio, late = row["relative_speed"], row.get("late_over_early")
-        table.add_row(
-            Text(row["name"]),  # brackets are no markup
-            f"{row['tokens_per_second']['median']:,.1f}",
-            f"{ratio['median']:.2f}",
-            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
-            *(f"{1e3 * row['seconds_at'][at]['median']:.2f}" if late else "–" for at in places),
-            f"{late['median']:.2f}" if late else "–",
-        )
-    return table
-
-
-def _attention_table(rows: Sequence[dict[str, Any]]) -> Table:
-    from rich.text import Text
-
-    table = _table("", "chunk", "ms", "speed", "low–high", "MB", "peak")
-    table.caption = (
-        "attention of given queries, keys and values, with gradients; speed and peak memory "
-        "relative to softmax (torch's scaled_dot_product_attention)"
-    )
-    for row in rows:
-        ratio = row["speed_up"]
-        table.add_row(
-            Text(row["name"]),  # brackets are no markup
-            str(row["chunk_size"] or "–"),
-            f"{1e3 * row['seconds']['median']:.1f}",
-            f"{ratio['median']:.2f}",
-            f"{ratio['low']:.2f}–{ratio['high']:.2f}",
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            f"{row['relative_peak']:.2f}",
-        )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from polyak.report.tables import house_table
-
-    return house_table("", *columns)
