@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -12,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from polyak import ModelConfig
+from polyak.cli.main import main
 from polyak.training.config.run import RunConfig
 from polyak.training.config.training import TrainingConfig
 
@@ -83,6 +88,27 @@ def polyak(
         timeout=300,
         check=False,
     )
+
+
+def answer(
+    *words: object, cwd: Path, cache: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """As `polyak`, in this process, which has torch already: for what ends and asks for no signal.
+
+    Warnings that are not the command's own are pytest's, and not in `stderr`.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.delenv("COLUMNS", raising=False)
+        for name, value in {"POLYAK_CACHE": str(cache), **variables}.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main([*map(str, words)])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def environment(cache: Path, **variables: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import polyak, run_config
+from tiny_runs import answer, run_config
 
 from polyak.cli.main import main
 from polyak.training.loop import train
@@ -100,15 +100,13 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
         assert said.out == "", words
 
 
-def test_another_tokenizer_is_refused_in_a_process_of_its_own(
-    run: Path, tmp_path: Path, corpus: Path
-) -> None:
-    made = polyak(
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path, corpus: Path) -> None:
+    made = answer(
         *("prepare", corpus, "--tokenizer", "bpe-270"), cwd=tmp_path, cache=tmp_path / "cache"
     )
     assert made.returncode == 0, made.stderr
     (folder,) = (tmp_path / "cache" / "prepared").iterdir()
-    found = polyak(
+    found = answer(
         *("evaluate", run, "--corpora", folder, "--out", tmp_path / "out"),
         cwd=tmp_path,
         cache=tmp_path / "cache",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import command, environment, polyak, run_config
+from tiny_runs import answer, command, environment, run_config
 
 from polyak.cli.main import main
 from polyak.training.loop import train
@@ -141,7 +141,7 @@ def test_what_cannot_be_generated_is_one_line(
     ],
 )
 def test_wrong_options_are_one_line(words: list[str], says: str, run: Path, tmp_path: Path) -> None:
-    found = polyak("generate", run, "--prompt", "a", *words, cwd=tmp_path, cache=tmp_path)
+    found = answer("generate", run, "--prompt", "a", *words, cwd=tmp_path, cache=tmp_path)
     assert found.returncode in (1, 2)
     assert says in found.stderr
     assert found.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`polyak prepare` in processes of its own: what it prints, resumes, checks and refuses."""
+"""`polyak prepare`: what it prints, resumes, checks and refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_runs import polyak
+from tiny_runs import answer, polyak
 
 from polyak.cli.prepare import progress_line
 from polyak.data.prepare import Done, open_prepared, prepare
@@ -16,7 +16,7 @@ from polyak.data.prepare import Done, open_prepared, prepare
 
 def test_it_prints_what_was_made_and_finds_it_again(corpus: Path, tmp_path: Path) -> None:
     words = ("prepare", corpus, "--tokenizer", "bpe-270", "--validation-fraction", "0.2")
-    first = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache")
+    first = answer(*words, cwd=tmp_path, cache=tmp_path / "cache")
     assert (first.returncode, first.stderr) == (0, "")
     shown = dict(re.split(r" {2,}", line, maxsplit=1) for line in first.stdout.splitlines())
     names = ["corpus", "tokenizer", "documents", "tokens", "bytes", "speed"]
@@ -27,7 +27,7 @@ def test_it_prints_what_was_made_and_finds_it_again(corpus: Path, tmp_path: Path
     lengths = (len(prepared.train), len(prepared.validation))
     assert shown["tokens"] == "train {:,}, validation {:,}".format(*lengths)
     assert re.fullmatch(r"[\d.,]+ MB/s \([\d.,]+ s\)", shown["speed"])
-    again = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache")
+    again = answer(*words, cwd=tmp_path, cache=tmp_path / "cache")
     assert "prepared before; every shard matches its SHA-256" in again.stdout
     assert f"fingerprint  {prepared.fingerprint}\n" in again.stdout
 
@@ -45,20 +45,20 @@ def test_interrupted_it_says_where_it_went_on(tmp_path: Path) -> None:
         prepare(str(tmp_path / "a.jsonl"), cache=cache, save_seconds=0, progress=interrupt)
     asked = ("prepare", "a.jsonl", "--cache", "here")
     elsewhere = {"cwd": tmp_path, "cache": tmp_path / "not-this"}
-    missing = polyak(*asked, "--verify", **elsewhere)
+    missing = answer(*asked, "--verify", **elsewhere)
     assert missing.returncode == 1
     assert "is only partly prepared in here" in missing.stderr
     assert len(missing.stderr.splitlines()) == 1
-    done = polyak(*asked, **elsewhere)
+    done = answer(*asked, **elsewhere)
     assert re.search(r"MB/s .*, going on after \d\.\d MB done before\n", done.stdout), done.stderr
-    assert "every shard matches its SHA-256" in polyak(*asked, "--verify", **elsewhere).stdout
+    assert "every shard matches its SHA-256" in answer(*asked, "--verify", **elsewhere).stdout
     assert not (tmp_path / "not-this").exists()
     shard = next((tmp_path / "here").glob("prepared/a.jsonl-*/train-00000.bin"))
     os.truncate(shard, 10)
-    bad = polyak(*asked, "--verify", **elsewhere)
+    bad = answer(*asked, "--verify", **elsewhere)
     assert bad.returncode == 1
     assert "train-00000.bin is truncated or corrupt" in bad.stderr
-    mended = polyak(*asked, **elsewhere)
+    mended = answer(*asked, **elsewhere)
     assert mended.returncode == 0
     assert re.match(r"polyak prepare: warning: .*; preparing 'a.jsonl' again\n$", mended.stderr)
 
@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(
     corpus: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     hub = {"POLYAK_HUB": "nowhere"} if words == ["lambada"] else {}
-    found = polyak("prepare", *words, cwd=corpus.parent, cache=tmp_path / "cache", **hub)
+    found = answer("prepare", *words, cwd=corpus.parent, cache=tmp_path / "cache", **hub)
     assert found.returncode in (1, 2)
     assert found.stdout == ""
     assert len(found.stderr.splitlines()) == 1

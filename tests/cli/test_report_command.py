@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import polyak, run_config
+from tiny_runs import answer, run_config
 
 from polyak.cli.main import main
 from polyak.training.loop import train
@@ -78,13 +78,13 @@ def test_what_cannot_be_reported_is_one_line(runs: Path, tmp_path: Path, capsys:
 
 
 def test_no_run_and_a_folder_that_cannot_be_made_are_one_line(runs: Path, tmp_path: Path) -> None:
-    nothing = polyak("report", cwd=tmp_path, cache=tmp_path)
+    nothing = answer("report", cwd=tmp_path, cache=tmp_path)
     assert nothing.returncode != 0
     assert nothing.stderr == (
         "polyak report: no run is named; write polyak report RUN, a run's folder\n"
     )
     (tmp_path / "file").write_text("")
-    stuck = polyak("report", runs, "--out", tmp_path / "file" / "out", cwd=tmp_path, cache=tmp_path)
+    stuck = answer("report", runs, "--out", tmp_path / "file" / "out", cwd=tmp_path, cache=tmp_path)
     assert stuck.returncode == 1
     assert stuck.stderr.startswith("polyak report: cannot create folder")
     assert stuck.stderr.count("\n") == 1

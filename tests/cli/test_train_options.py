@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import SETTINGS, TWIN, polyak
+from tiny_runs import SETTINGS, TWIN, answer, polyak
 
 from polyak.cli.main import main
 from polyak.errors import ConfigError
@@ -218,7 +218,7 @@ def test_a_rule_of_ones_own_can_be_planned(run: Run, tmp_path: Path) -> None:
 
 def test_a_run_begins_goes_on_and_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     def train(*words: object) -> tuple[int, str, str]:
-        done = polyak("train", "--out", "out", *words, cwd=tmp_path, cache=tmp_path / "cache")
+        done = answer("train", "--out", "out", *words, cwd=tmp_path, cache=tmp_path / "cache")
         return done.returncode, done.stdout, done.stderr
 
     first = ("--corpus", corpus, "--device", "cpu", "--set", "threads=1", *SETTINGS)
@@ -249,7 +249,7 @@ def test_paths_are_as_a_shell_has_them(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "home").mkdir()
 
     def run(*words: object) -> tuple[int, str]:
-        done = polyak(*words, cwd=tmp_path, cache=tmp_path / "cache", **home)
+        done = answer(*words, cwd=tmp_path, cache=tmp_path / "cache", **home)
         return done.returncode, done.stderr
 
     line = ["train", "--corpus", corpus, "--steps", 1, "--device", "cpu", *SETTINGS]

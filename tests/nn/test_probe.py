@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import polyak
+from tiny_runs import answer
 from torch import Tensor
 
 from polyak import ModelConfig, rules
@@ -211,10 +211,10 @@ def test_the_command_line_checks_a_file(tmp_path: Path) -> None:
         "        return x + oracle(x) + self.gain * torch.roll(x, -1, dims=1), state\n"
     )
     words = ("rules", "--context-length", 32, "--check")
-    done = polyak(*words, "shift.py:Shift", cwd=tmp_path, cache=tmp_path)
+    done = answer(*words, "shift.py:Shift", cwd=tmp_path, cache=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("polyak rules: rule Shift sees later tokens: the logits at")
     assert done.stderr.count("\n") == 1
-    done = polyak(*words, "triple_momentum[mu=0.1]", cwd=tmp_path, cache=tmp_path)
+    done = answer(*words, "triple_momentum[mu=0.1]", cwd=tmp_path, cache=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("triple_momentum[mu=0.1]: no leak at 1, 2, 17, 32 tokens")
