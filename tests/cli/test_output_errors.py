@@ -81,9 +81,8 @@ def code_of(place: Path, given: list[str], kind: str) -> int:
         return process.wait(timeout=120)
 
 
-@pytest.mark.parametrize(
-    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_to_its_end(place: Path, kind: str) -> None:
     assert code_of(place, TRAIN, kind) == 0
     assert json.loads((place / "run/result.json").read_text())["steps"] == 6
@@ -129,7 +128,7 @@ def test_an_error_keeps_its_exit_code_where_nobody_reads_it(place: Path) -> None
 def test_commands_that_only_print_end_with_their_reader(place: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    for given in (["rules"], ["--help"], ["train", "--help"]):
+    for given in (["rules", "--format", "json"], ["--help"], ["train", "--help"]):
         done = subprocess.run(
             command(*given),
             env=environment(place / "cache"),
@@ -139,9 +138,12 @@ def test_commands_that_only_print_end_with_their_reader(place: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, b"")
     os.close(writer)
+
+
+def test_a_command_that_only_prints_says_where_that_fails(place: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command("rules"),
+            command("rules", "--rules", "gradient_descent"),
             env=environment(place / "cache"),
             stdout=full,
             stderr=subprocess.PIPE,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from mounts import mounted
-from tiny_runs import SETTINGS, TWIN, command, environment, heeding, polyak, write_corpus
+from tiny_runs import SETTINGS, TWIN, answer, command, environment, heeding, polyak, write_corpus
 
 from polyak.training.processes.distributed import World
 from polyak.training.runs.checkpoints import Checkpoints
@@ -179,7 +179,7 @@ def test_a_signal_saves_and_exits_with_a_code_of_its_own(
     assert f"polyak train: stopped by {which.name} after step {step} of 60" in error
     assert f"--resume from run/checkpoints/step-{step:06d}" in error
     assert error.count("\n") == 1
-    done = polyak("train", "--out", "run", "--resume", cwd=place, cache=place / "cache")
+    done = answer("train", "--out", "run", "--resume", cwd=place, cache=place / "cache")
     assert done.returncode == 0, done.stderr
     assert log(place / "run")[-1]["step"] == 60
 
@@ -189,13 +189,13 @@ def test_a_run_goes_on_from_another_working_folder(place: Path, tmp_path: Path) 
     (place / "texts").mkdir()
     (place / "corpus.txt").rename(place / "texts" / "corpus.txt")
     given = ["texts" if word == "corpus.txt" else word for word in words("--out", "run", steps=4)]
-    done = polyak(*given, cwd=place, cache=place / "cache")
+    done = answer(*given, cwd=place, cache=place / "cache")
     assert done.returncode == 0, done.stderr
     more = ("train", "--resume", "--steps", 6, "--out")
-    done = polyak(*more, place / "run", cwd=tmp_path, cache=place / "cache")
+    done = answer(*more, place / "run", cwd=tmp_path, cache=place / "cache")
     assert done.returncode == 0, done.stderr
     (place / "texts").rename(place / "moved")
-    done = polyak(*more[:2], "--out", place / "run", cwd=tmp_path, cache=place / "cache")
+    done = answer(*more[:2], "--out", place / "run", cwd=tmp_path, cache=place / "cache")
     assert done.returncode == 1
     assert f"the corpus of the run, {place / 'texts'}, is no longer there" in done.stderr
 
@@ -204,7 +204,7 @@ def test_a_second_run_in_the_same_folder_is_refused(place: Path) -> None:
     process = start(place, *words("--out", "run", "--rule", "twin.py:Twin"), TWIN_SECONDS="0.1")
     try:
         wait_for(process, place / "run" / "checkpoints")
-        second = polyak("train", "--out", "run", "--resume", cwd=place, cache=place / "cache")
+        second = answer("train", "--out", "run", "--resume", cwd=place, cache=place / "cache")
         assert second.returncode == 1
         assert "in use by another polyak run" in second.stderr
         assert process.poll() is None
@@ -221,7 +221,7 @@ def test_a_full_disk_ends_in_one_line_that_names_the_last_good_checkpoint(
 ) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
         given = words("--out", disk / "run")
-        done = polyak(*given[:4], 4, *given[5:], cwd=place, cache=place / "cache")
+        done = answer(*given[:4], 4, *given[5:], cwd=place, cache=place / "cache")
         assert done.returncode == 0, done.stderr
         filler = disk / "filler"
         with pytest.raises(OSError, match="No space left"):
@@ -229,26 +229,26 @@ def test_a_full_disk_ends_in_one_line_that_names_the_last_good_checkpoint(
         reached = newest(disk / "run")
         filler.write_bytes(bytes(filler.stat().st_size - (16 << 10)))  # the log fits, no checkpoint
         more = ("train", "--out", disk / "run", "--resume", "--steps", 9)
-        done = polyak(*more, cwd=place, cache=place / "cache")
+        done = answer(*more, cwd=place, cache=place / "cache")
         assert done.returncode == 1
         assert "No space left on device" in done.stderr
         assert f"last good checkpoint: {disk}/run/checkpoints/step-{reached:06d}" in done.stderr
         assert done.stderr.count("\n") == 1
         filler.unlink()
         assert newest(disk / "run") == reached
-        done = polyak(*more, cwd=place, cache=place / "cache")
+        done = answer(*more, cwd=place, cache=place / "cache")
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_a_read_only_folder_ends_in_one_line(place: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=8m") as disk:
-        done = polyak(*words("--out", disk / "run", steps=2), cwd=place, cache=place / "cache")
+        done = answer(*words("--out", disk / "run", steps=2), cwd=place, cache=place / "cache")
         assert done.returncode == 0, done.stderr
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         again = ["train", "--resume", "--steps", 9, "--out", disk / "run"]
         for given in (again, words("--out", disk / "new")):
-            done = polyak(*given, cwd=place, cache=place / "cache")
+            done = answer(*given, cwd=place, cache=place / "cache")
             assert done.returncode == 1
             assert "Read-only file system" in done.stderr
             assert done.stderr.count("\n") == 1
@@ -261,7 +261,7 @@ def test_a_read_only_folder_ends_in_one_line(place: Path, tmp_path: Path) -> Non
 
 def test_divergence_names_the_step_the_parameter_and_the_last_good_checkpoint(place: Path) -> None:
     given = words("--out", "run", "--rule", "twin.py:Late")
-    done = polyak(*given, cwd=place, cache=place / "cache")
+    done = answer(*given, cwd=place, cache=place / "cache")
     assert done.returncode == 1
     assert "diverged: the loss is not finite at step 4" in done.stderr
     assert "first the gradient of embedding.tokens.weight" in done.stderr
@@ -284,7 +284,7 @@ class Now(UpdateRule):
 """
     )
     (place / "bad").touch()
-    done = polyak(*given, cwd=place, cache=place / "cache")
+    done = answer(*given, cwd=place, cache=place / "cache")
     assert done.returncode == 1
     assert "at step 3" in done.stderr
     assert "2 steps were skipped before" in done.stderr
@@ -294,7 +294,7 @@ class Now(UpdateRule):
         (2, 2, 2),
     ]
     (place / "bad").unlink()
-    done = polyak(
+    done = answer(
         "train", "--out", "run", "--resume", "--steps", 12, cwd=place, cache=place / "cache"
     )
     assert done.returncode == 0, done.stderr

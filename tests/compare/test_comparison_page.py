@@ -172,7 +172,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("width", "theme"), [(390, "light"), (390, "dark"), (800, "light"), (1280, "dark")]
+    ("width", "theme"),
+    [
+        *((390, "light"), (1280, "dark")),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((390, "dark"), (800, "light"))
+        ),
+    ],
 )
 def test_a_browser_shows_the_page(
     browser: Any, pages: dict[str, Path], case: str, width: int, theme: str

@@ -62,6 +62,18 @@ SPLIT = [
 every_rule = pytest.mark.parametrize("rule", rules.names())
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 every_pair = pytest.mark.parametrize(("rule", "backbone"), PAIRS)
+costly_pair = pytest.mark.parametrize(
+    ("rule", "backbone"),
+    [
+        pytest.param(
+            rule,
+            backbone,
+            marks=pytest.mark.slow if backbone == "gpt2" and rule not in TWO_RULES else (),
+        )
+        for rule, backbone in PAIRS
+    ],
+)
+"""Every rule on Llama's alone, which has more of its own than GPT-2's."""
 every_split_pair = pytest.mark.parametrize(("rule", "backbone", "splitting"), SPLIT)
 Build = Callable[..., Transformer]
 
@@ -163,7 +175,7 @@ def test_a_saved_model_loads_exactly(
     assert torch.equal(again(input_ids), model(input_ids))
 
 
-@every_pair
+@costly_pair
 def test_logits_and_gradients_are_finite_at_depth_48(rule: str, backbone: str) -> None:
     config = ModelConfig(rule=rule, **{**SHAPE, **BACKBONES[backbone], "num_layers": 48})
     model, input_ids = Transformer(config), ids(2, 7)
@@ -193,7 +205,7 @@ def test_half_precision_is_the_same_model_up_to_rounding(
         assert (torch.cat(pieces, 1) - found).abs().max() < bound
 
 
-@every_pair
+@costly_pair
 def test_derivatives_of_a_block_are_right(rule: str, backbone: str, build: Build) -> None:
     model = build(rule, backbone, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1)
     block = model.blocks[0]

@@ -39,10 +39,23 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("rule", rules.names())
+FEW = ("gradient_descent", "triple_momentum", "soap")
+"""Without streams, with one, and with one of another shape: what depends on more than the rule."""
+rule_and_preset = pytest.mark.parametrize(
+    ("rule", "preset"),
+    [
+        pytest.param(rule, preset, marks=pytest.mark.slow if preset == "llama" else ())
+        if rule not in FEW
+        else (rule, preset)
+        for preset in ("paper", "llama")
+        for rule in rules.names()
+    ],
+)
+
+
+@rule_and_preset
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("preset", ["paper", "llama"])
 def test_padding_changes_nothing(
     tiny: Callable[..., Any], rule: str, side: str, causal: bool, preset: str
 ) -> None:
@@ -60,9 +73,8 @@ def test_padding_changes_nothing(
         assert torch.allclose(changed[mask.bool()], logits[mask.bool()], atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", rules.names())
+@rule_and_preset
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
-@pytest.mark.parametrize("preset", ["paper", "llama"])
 def test_cached_decoding_is_the_full_forward_past_left_padding_too(
     tiny: Callable[..., Any], rule: str, cache: Callable[[Any], Any], preset: str
 ) -> None:

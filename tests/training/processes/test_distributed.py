@@ -122,6 +122,7 @@ def test_compiled_blocks_in_two_processes_equal_one_eager_process(tmp_path: Path
             torch.testing.assert_close(found_weights[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_the_processes_talk_and_only_the_first_prints(tmp_path: Path) -> None:
     done = torchrun(2, "talk", tmp_path)
     assert done.stdout.strip() == "process 0 prints"

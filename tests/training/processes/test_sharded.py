@@ -203,6 +203,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_shards_of_two_processes_are_saved_and_loaded_as_any_other_shards(tmp_path: Path) -> None:
     torchrun(2, "places", tmp_path)
     whole = {

@@ -23,6 +23,7 @@ from polyak.analysis.dynamics.trajectory import Watched
 from polyak.analysis.dynamics_config import DynamicsConfig
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
+from polyak.report.pages import check_out
 from polyak.settings import defaults
 from polyak.study.measured import Measurement, measure_runs
 from polyak.training.machine import peak_memory_bytes
@@ -65,6 +66,7 @@ def dynamics(
     def measure(subject: Subject, tokens: TokenSet, progress: Progress, **kept: Any) -> Found:
         return dynamics_of(subject, tokens, config, progress, **kept)
 
+    check_out(config.out, KIND)
     subjects = load_subjects(runs, device=config.device)
     sets = [tokens_of(subject, config) for subject in subjects]
     for subject, tokens in zip(subjects, sets, strict=True):  # refused before anything is written
