@@ -5,7 +5,8 @@
     path.motion(watched, ids)              # sizes, angles, what streams keep
     field.field_of(watched, ids, 0)        # is the first oracle a gradient?
     stability.stability(watched, ids)      # do the substeps contract?
+    gauss_newton.share_of(Surface(model, ids))
 
-docs/analysis-dynamics.md says what each number means. Errors are over sequences: tokens of one
-sequence are not independent.
+docs/analysis-dynamics.md says what each number means. Errors are over sequences, since tokens of
+one sequence are not independent; those of `gauss_newton` are over probes.
 """

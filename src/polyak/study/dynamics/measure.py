@@ -15,12 +15,14 @@ import torch
 
 from polyak.analysis.dynamics.curve import loss_curve
 from polyak.analysis.dynamics.field import field_of, random_matrices, untrained
+from polyak.analysis.dynamics.gauss_newton import share_of
 from polyak.analysis.dynamics.lens import Lens
 from polyak.analysis.dynamics.path import motion
 from polyak.analysis.dynamics.stability import stability
 from polyak.analysis.dynamics.summaries import check_sequences
 from polyak.analysis.dynamics.trajectory import Watched
 from polyak.analysis.dynamics_config import DynamicsConfig
+from polyak.analysis.hessian import Surface
 from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.report.pages import check_out
@@ -88,7 +90,7 @@ def tokens_of(subject: Subject, config: DynamicsConfig) -> TokenSet:
     """
     found = _tokens(subject, config, config.tokens, "validation")
     check_sequences(found.ids)
-    if {"field", "stability"} & {*config.chosen} and len(found.ids) < config.sequences:
+    if {*config.chosen} - {"curve", "path"} and len(found.ids) < config.sequences:
         raise DataError(
             f"sequences={config.sequences}: tokens={config.tokens} and the corpus make "
             f"{len(found.ids)} of {found.ids.shape[1] - 1} tokens; ask for fewer, or more tokens"
@@ -128,7 +130,7 @@ def dynamics_of(
 
     Returns:
         By part: `curve`, `path`, `field/SUBSTEP`, SUBSTEP from 1, and `field/nulls`; of
-        `stability`, `stability/trained` and `stability/untrained`.
+        `stability`, `stability/trained` and `stability/untrained`; `gauss_newton`.
 
     Raises:
         ConfigError: the model has one layer, is not causal, or its streams cannot be read.
@@ -151,6 +153,7 @@ def _pieces(subject: Subject, tokens: TokenSet, config: DynamicsConfig) -> list[
     """What is asked for, in order."""
     watched, ids = _watched(subject, config), tokens.ids.to(subject.device)
     watched.check(ids)
+    few = ids[:: len(ids) // config.sequences or 1][: config.sequences]
 
     def curve() -> dict[str, Any]:
         lens = None
@@ -162,12 +165,18 @@ def _pieces(subject: Subject, tokens: TokenSet, config: DynamicsConfig) -> list[
     def path() -> dict[str, Any]:
         return motion(watched, ids, seed=config.seed).to_dict()
 
-    few = ids[:: len(ids) // config.sequences or 1, :-1][: config.sequences]
+    def gauss_newton() -> dict[str, Any]:
+        # in float32, as in `polyak sharpness`: second derivatives cost the most, and errors of
+        # probes are larger
+        surface = Surface(subject.model, few)
+        return share_of(surface, seed=config.seed).to_dict()
+
     made: dict[str, Callable[[], list[Piece]]] = {
         "curve": lambda: [("curve", 1.0, curve)],
         "path": lambda: [("path", 1.0, path)],
-        "field": lambda: _field(subject, watched, few, config),
-        "stability": lambda: _stability(subject, watched, few, config),
+        "field": lambda: _field(subject, watched, few[:, :-1], config),
+        "stability": lambda: _stability(subject, watched, few[:, :-1], config),
+        "gauss_newton": lambda: [("gauss_newton", 40.0, gauss_newton)],
     }
     return [piece for part in config.chosen for piece in made[part]()]
 

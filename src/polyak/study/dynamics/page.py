@@ -33,8 +33,10 @@ HEADS = {
     "maps": ("after", "ρ(B)", "‖B‖", "departure", "retention"),
     "region": ("after", "inside", "untrained", "Re λ > 0", "untrained"),
     "growth": ("after", "ln‖Π‖", "untrained", "Σ ln‖B‖", "Σ ln ρ(B)"),
+    "gauss_newton": ("tr G/tr H", "‖H − G‖/‖H‖", "λmax(G)/λmax(H)", "‖p − e_y‖"),
     "whole": ("length/√d", "distance/√d", "detour"),
 }
+PATH = ("whole", "path", "streams")
 STABILITY: dict[str, tuple[Any, ...]] = {
     "maps": ("radius", "norm", "departure", "retention"),
     "region": ("inside", ("untrained", "inside"), "ascending", ("untrained", "ascending")),
@@ -53,8 +55,14 @@ CAPTIONS = {
     "maps": "State map of each substep, a token at a time",
     "region": "Shares of (token, eigenvalue λ of the oracle) in the region, and ascending",
     "growth": "Product Π of the state maps from the start",
+    "gauss_newton": "Gauss–Newton's share G of the curvature H",
     "whole": "The whole path of x",
 }
+
+
+def over(part: str) -> str:
+    """What the intervals of a table are over."""
+    return "probes; of ‖p − e_y‖ over sequences" if part == "gauss_newton" else "sequences"
 
 
 def interval(value: Mapping[str, Any] | None, places: int = 3) -> str:
@@ -76,9 +84,11 @@ def rows(results: Mapping[str, Any], part: str) -> Iterator[Row]:
             yield from ((run["name"], cells) for cells in _curve(found["curve"]))
         if part in FIELD:
             yield from ((run["name"], cells) for cells in _field(run, part))
+        elif part == "gauss_newton" and part in found:
+            yield run["name"], _gauss_newton(found[part])
         elif part in STABILITY:
             yield from ((run["name"], cells) for cells in _stability(run, part))
-        elif part != "curve" and "path" in found:
+        elif part in PATH and "path" in found:
             labels = found["path"]["labels"]
             yield from ((run["name"], cells) for cells in _path(run, labels, part))
 
@@ -136,6 +146,12 @@ def _stability(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
             yield [label, *(short(one.get("mean")) for one in ones)]
 
 
+def _gauss_newton(found: Mapping[str, Any]) -> list[str]:
+    sure = found["top_hessian"]["converged"] and found["top_gauss_newton"]["converged"]
+    top = NONE if found["top"] is None else fixed(found["top"], 3) + ("" if sure else " (bounds)")
+    return [short(found["trace"]), short(found["rest"]), top, short(found["output_gradient"])]
+
+
 def short(value: Mapping[str, Any] | None) -> str:
     """`0.03 ± 0.01`, or with more digits what is small."""
     if not value:
@@ -148,7 +164,7 @@ def tables(results: Mapping[str, Any]) -> RenderableType:
     """What the terminal shows, 80 columns wide."""
     shown: list[RenderableType] = []
     for part, head in HEADS.items():
-        table = house_table(f"{CAPTIONS[part]}, ± 95% over sequences", "", *head)
+        table = house_table(f"{CAPTIONS[part]}; ± 95% over {over(part)}", "", *head)
         before = None
         for name, cells in rows(results, part):
             table.add_row(Text(folded(name, NAME) if name != before else ""), *cells)
@@ -182,6 +198,7 @@ def render(results: Mapping[str, Any]) -> str:
         warnings=warnings(results),
         heads=HEADS,
         captions=CAPTIONS,
+        over=over,
         rows={part: list(rows(results, part)) for part in HEADS},
         streams=streams_of(results),
         settings=list(results["settings"].items()),
