@@ -42,6 +42,7 @@ UPGRADES: dict[str, Sequence[Upgrade]] = {
     "downstream": (),
     "dynamics": (),
     "evaluation": (),
+    "factorial": (),
     "forgetting": (),
     "generate": (),
     "landscape": (),

@@ -341,7 +341,9 @@ def options_of(command: str) -> dict[str, bool]:
     return {block.split()[0]: "repeatable" in block for block in blocks}
 
 
-@pytest.mark.parametrize("command", [*sorted({*COMMANDS} - {"study"}), "study landscape"])
+@pytest.mark.parametrize(
+    "command", [*sorted({*COMMANDS} - {"study"}), "study factorial", "study landscape"]
+)
 def test_no_option_but_those_of_several_values_is_given_twice(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,8 +369,9 @@ def test_no_option_but_those_of_several_values_is_given_twice(
         ["dynamics", "run"],
         ["forgetting", "run", "--onto", "prose"],
         ["study", "landscape", "run"],
+        ["study", "factorial", "--factors", "bias=true,false"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: " ".join(words[:2]),
 )
 def test_no_command_writes_over_what_another_found(
     words: list[str],

@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import environment, polyak
 
 from polyak.cli.main import COMMANDS
+from polyak.cli.study import STUDIES
 
 # the entry point itself, in a process that tells afterwards what it has imported
 PROGRAM = (
@@ -73,8 +74,10 @@ def test_help_fits_a_narrow_terminal(tmp_path: Path) -> None:
 
 
 def test_every_option_is_explained(helped: Helped) -> None:
-    for name in COMMANDS:
-        text, _ = helped(*(["study", "landscape"] if name == "study" else [name]))
+    studies = (["study", study] for study in STUDIES)
+    for words in (*([name] for name in COMMANDS if name != "study"), *studies):
+        name = " ".join(words)
+        text, _ = helped(*words)
         options = [line for line in text.splitlines() if line.startswith("│ --")]
         assert options
         assert "None}" not in text

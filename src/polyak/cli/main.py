@@ -21,7 +21,7 @@ COMMANDS = {
     "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
     "spectrum": "singular values of the blocks' Jacobians and of their products",
     "dynamics": "layers as optimizer steps: loss by depth, path, field, stability",
-    "study": "gather all of that for several runs on one page: landscape",
+    "study": "whole studies on one page: factorial (a grid of options), landscape",
     "report": "draw the curves of any runs into one page",
     "rules": "print the family of update rules and what they cost",
     "prepare": "turn a corpus into token shards, ready to train on",

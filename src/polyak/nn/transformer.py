@@ -37,9 +37,8 @@ class Block(nn.Module):
         self.rules = nn.ModuleDict(
             {substep: placed.make(config) for substep, placed in rules.items()}
         )
-        self.reinjection_raw = (
-            nn.Parameter(torch.full((1,), 0.1)) if config.embedding_reinjection else None
-        )
+        reinjected = config.embedding_reinjection
+        self.reinjection_raw = nn.Parameter(torch.full((1,), 0.1)) if reinjected else None
 
     def forward(
         self, x: Tensor, state: State, context: Context | None = None
@@ -56,9 +55,8 @@ class Block(nn.Module):
 
     def reinjected(self, x: Tensor, state: State) -> Tensor:
         """What the layer steps from: x, or x + ω LN(E) with `embedding_reinjection`."""
-        if self.reinjection_raw is None:
-            return x
-        return axpy(self.reinjection_raw, getattr(state, REINJECTED), x)
+        raw = self.reinjection_raw
+        return x if raw is None else axpy(raw, getattr(state, REINJECTED), x)
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,1 @@
+"""`polyak study factorial`: a grid of options as an analysis of variance."""
