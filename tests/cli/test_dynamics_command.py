@@ -76,7 +76,7 @@ def test_the_parts_that_take_minutes_are_measured_step_by_step(
 ) -> None:
     more = [
         "--parts",
-        "field,stability,gauss_newton",
+        "field,energy,stability,gauss_newton",
         "--tokens",
         "128",
         "--sequences",
@@ -88,19 +88,39 @@ def test_the_parts_that_take_minutes_are_measured_step_by_step(
     assert main(["dynamics", str(runs / "triple_momentum"), *more, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.replace(str(out), "").splitlines())) <= 80
-    for text in ("(triangular)", "λ max", "κ metric", "Σ ln ρ(B)", "departure", "tr G/tr H"):
+    for text in (
+        "(triangular)",
+        "λ max",
+        "κ metric",
+        "Σ ln ρ(B)",
+        "departure",
+        "tr G/tr H",
+        "share rising",
+    ):
         assert text in said, text
     results = results_of(out)
     found = results["runs"][0]["found"]
-    both = {"gauss_newton", "stability/trained", "stability/untrained"}
+    parts = ("energy", "stability")
+    both = {f"{part}/{which}" for part in parts for which in ("trained", "untrained")}
+    both.add("gauss_newton")
     assert set(found) == {f"field/{place}" for place in (1, 2, 3, 4, "nulls")} | both
     assert found["field/1"]["trained"] != found["field/1"]["untrained"]
     assert found["field/2"]["trained"]["oracle"]["own_share"]["value"] == 1  # an MLP's
     page = (out / "report.html").read_text(encoding="utf-8")
     check_text(page)
-    for figure in ("kappa", "kappa-token", "log_product", "inside"):
+    for figure in ("kappa", "kappa-token", "log_product", "inside", "update-rise"):
         assert f'id="{figure}-title"' in page, figure
     assert max(map(len, as_text(tables(results), 40).splitlines())) <= 40
+
+
+def test_a_part_that_does_not_apply_says_so(corpus: Path, tmp_path: Path, capsys: Streams) -> None:
+    train(
+        run_config(corpus, steps=1, d_model=8, num_layers=2, attention="linear"), tmp_path / "run"
+    )
+    words = ["dynamics", str(tmp_path / "run"), "--parts", "curve,energy", "--tokens", "128"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "does not apply here (attention=linear)" in " ".join(capsys.readouterr().out.split())
+    assert "does not apply here" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_stopped_command_goes_on_where_it_stopped(
@@ -139,7 +159,7 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: Streams, corp
         ([both], "causal"),
         ([one], "the model has 1 layer"),
         ([run, "--parts", "curves"], "did you mean 'curve'?"),
-        ([run, "--parts", "energy"], "part 'energy'"),
+        ([run, "--parts", "power"], "part 'power'"),
         ([run, "--parts", ","], "names none of"),
         ([run, "--parts", "path", "--lens-tokens", "64"], "is for the part curve"),
         ([run, "--lens-tokens", "16"], "give at least 18"),

@@ -10,7 +10,7 @@ from polyak.checks import check_whole
 from polyak.errors import ConfigError, unknown
 from polyak.training.config.corpus import CorpusConfig
 
-PARTS = ("curve", "path", "field", "stability", "gauss_newton")
+PARTS = ("curve", "path", "field", "energy", "stability", "gauss_newton")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +23,8 @@ class DynamicsConfig(CorpusConfig):
 
     parts: str = ",".join(PARTS)
     """curve: loss after every substep. path: sizes, angles, and what streams keep. field: whether
-    the oracles are gradients. stability: whether the substeps contract.
-    gauss_newton: its share of the loss's curvature."""
+    the oracles are gradients. energy: whether attention ascends its interaction energy.
+    stability: whether the substeps contract. gauss_newton: its share of the loss's curvature."""
     tokens: int = 8192
     """Validation tokens for curve and path, in evenly spaced blocks."""
     length: int | None = None
@@ -32,7 +32,7 @@ class DynamicsConfig(CorpusConfig):
     lens_tokens: int = 0
     """Training tokens that an affine lens is fitted on for a second curve; 0 leaves it out."""
     sequences: int = 8
-    """Sequences of these tokens for field, stability and gauss_newton."""
+    """Sequences of these tokens for all parts but curve and path."""
     probes: int = 4
     """Random vectors for each of them, for field."""
     dtype: Literal["float64", "float32"] = "float64"

@@ -12,9 +12,9 @@ from polyak.cli._runs import RunPaths, check_named, look
 DESCRIPTION = """What the layers of trained models do, seen as steps of an optimizer: the loss
 after every substep; the path of x through depth, and what velocities and
 other streams keep of themselves; whether attention and MLP are gradients, and
-the substeps contract; how much of the curvature is Gauss–Newton's. Each with
-its interval. Writes results.json and report.html; stopped, it goes on when
-started again.
+the substeps contract; energies of attention; how much of the curvature is
+Gauss–Newton's. Each with its interval. Writes results.json and report.html;
+stopped, it goes on when started again.
 
 examples:
   polyak dynamics runs/mine

@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "continue texts with a trained model",
     "sharpness": "curvature of the loss: spectrum, trace, density, landscape",
     "spectrum": "singular values of the blocks' Jacobians and of their products",
-    "dynamics": "layers as optimizer steps: loss by depth, path, field, stability",
+    "dynamics": "layers as optimizer steps: loss by depth, path, energy, stability",
     "study": "whole studies on one page: factorial (a grid of options), landscape",
     "report": "draw the curves of any runs into one page",
     "rules": "print the family of update rules and what they cost",

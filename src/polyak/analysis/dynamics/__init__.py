@@ -4,6 +4,7 @@
     curve.loss_curve(watched, ids)         # loss after every substep
     path.motion(watched, ids)              # sizes, angles, what streams keep
     field.field_of(watched, ids, 0)        # is the first oracle a gradient?
+    energy.energy(watched, ids)            # does attention ascend its interaction energy?
     stability.stability(watched, ids)      # do the substeps contract?
     gauss_newton.share_of(Surface(model, ids))
 

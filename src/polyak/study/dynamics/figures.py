@@ -133,30 +133,34 @@ def kappas(axes: Axes, results: Mapping[str, Any], which: str) -> bool:
     return drew
 
 
-GROWTH = {"log_product": "ln ‖Π‖ from the start", "inside": "share inside the region"}
-"""What is drawn of the state maps along depth."""
+GROWTH = {
+    "log_product": ("stability", "ln ‖Π‖ from the start"),
+    "inside": ("stability", "share inside the region"),
+    "update/rise": ("energy", "rise of ln E"),
+}
+"""Part and axis of what is drawn along depth beside untrained models."""
 
 
-def stability_of(run: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """The numbers of the state maps by `POINT/NAME`; `which`: trained or untrained."""
-    return dict(((run.get("found") or {}).get(f"stability/{which}") or {}).get("numbers") or {})
+def part_of(run: Mapping[str, Any], part: str, which: str) -> dict[str, Any]:
+    """The numbers of `energy` or `stability`, by name; `which`: trained or untrained."""
+    return dict(((run.get("found") or {}).get(f"{part}/{which}") or {}).get("numbers") or {})
 
 
 def growth(axes: Axes, results: Mapping[str, Any], name: str) -> bool:
-    """One number of the state maps along depth; untrained as open marks."""
-    drew = False
+    """One number along depth; untrained as open marks."""
+    drew, (part, title) = False, GROWTH[name]
     for run in results["runs"]:
         found = {
             which: [
                 (int(key.partition("/")[0]), one["mean"])
-                for key, one in stability_of(run, which).items()
+                for key, one in part_of(run, part, which).items()
                 if key.partition("/")[2] == name and one["mean"]
             ]
             for which in ("trained", "untrained")
         }
         drew |= _line(axes, run, results, found["trained"])
         _open_marks(axes, run, results, found["untrained"])
-    _depth(axes, results, GROWTH[name])
+    _depth(axes, results, title)
     return drew
 
 
@@ -175,8 +179,8 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
             Panel("kappa", "κ of every oracle", kappas, ("kappa",)),
             Panel("kappa-token", "κ of every oracle, own tokens", kappas, ("kappa_token",)),
             *(
-                Panel(name, f"Along depth: {what}", growth, (name,))
-                for name, what in GROWTH.items()
+                Panel(name.replace("/", "-"), f"Along depth: {what}", growth, (name,))
+                for name, (_, what) in GROWTH.items()
             ),
         ),
     )

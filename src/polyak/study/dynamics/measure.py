@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from polyak.analysis.dynamics.curve import loss_curve
+from polyak.analysis.dynamics.energy import applies, energy
 from polyak.analysis.dynamics.field import field_of, random_matrices, untrained
 from polyak.analysis.dynamics.gauss_newton import share_of
 from polyak.analysis.dynamics.lens import Lens
@@ -130,7 +131,8 @@ def dynamics_of(
 
     Returns:
         By part: `curve`, `path`, `field/SUBSTEP`, SUBSTEP from 1, and `field/nulls`; of
-        `stability`, `stability/trained` and `stability/untrained`; `gauss_newton`.
+        `energy` and `stability`, `PART/trained` and `PART/untrained`; `gauss_newton`. A part that
+        does not apply says so under `does_not_apply`.
 
     Raises:
         ConfigError: the model has one layer, is not causal, or its streams cannot be read.
@@ -175,7 +177,10 @@ def _pieces(subject: Subject, tokens: TokenSet, config: DynamicsConfig) -> list[
         "curve": lambda: [("curve", 1.0, curve)],
         "path": lambda: [("path", 1.0, path)],
         "field": lambda: _field(subject, watched, few[:, :-1], config),
-        "stability": lambda: _stability(subject, watched, few[:, :-1], config),
+        "energy": lambda: _twins("energy", 2.0, energy, subject, watched, few[:, :-1], config),
+        "stability": lambda: _twins(
+            "stability", 40.0, stability, subject, watched, few[:, :-1], config
+        ),
         "gauss_newton": lambda: [("gauss_newton", 40.0, gauss_newton)],
     }
     return [piece for part in config.chosen for piece in made[part]()]
@@ -207,19 +212,26 @@ def _field(
     return [*steps, ("field/nulls", 1.0, nulls)]
 
 
-def _stability(
-    subject: Subject, watched: Watched, inputs: torch.Tensor, config: DynamicsConfig
+def _twins(
+    part: str,
+    work: float,
+    measure: Callable[..., Any],
+    subject: Subject,
+    watched: Watched,
+    inputs: torch.Tensor,
+    config: DynamicsConfig,
 ) -> list[Piece]:
-    """The model, and its untrained twin."""
+    """A part of the model, and of its untrained twin."""
+    if part == "energy" and (reason := applies(watched)) is not None:
+        said = {"does_not_apply": reason}
+        return [(part, 0.1, lambda: said)]
 
     def of(model: Watched) -> Callable[[], dict[str, Any]]:
-        return lambda: stability(model, inputs, seed=config.seed).to_dict()
+        return lambda: dict(measure(model, inputs, seed=config.seed).to_dict())
 
-    size = 10.0 * (len(watched.labels) - 1)
     null = _untrained(subject, config)
     return [
-        ("stability/trained", size / 2, of(watched)),
-        ("stability/untrained", size / 2, of(null)),
+        (f"{part}/{name}", work, of(m)) for name, m in (("trained", watched), ("untrained", null))
     ]
 
 

@@ -15,7 +15,7 @@ from polyak.study.dynamics.figures import (
     all_figures,
     fields_of,
     numbers_of,
-    stability_of,
+    part_of,
     streams_of,
 )
 from polyak.words import NONE, fixed, folded, plural
@@ -30,6 +30,8 @@ HEADS = {
     "field": ("oracle", "κ", "untrained", "κ token", "own share"),
     "sign": ("oracle", "tr J/√(n‖J‖²)", "λ min", "λ max", "λ > 0"),
     "norm": ("oracle", "κ core", "κ metric", "loop", "random loop"),
+    "energy": ("after", "rise of ln E", "random", "cosine", "untrained"),
+    "rising": ("after", "share rising", "random", "untrained", "its random"),
     "maps": ("after", "ρ(B)", "‖B‖", "departure", "retention"),
     "region": ("after", "inside", "untrained", "Re λ > 0", "untrained"),
     "growth": ("after", "ln‖Π‖", "untrained", "Σ ln‖B‖", "Σ ln ρ(B)"),
@@ -37,11 +39,43 @@ HEADS = {
     "whole": ("length/√d", "distance/√d", "detour"),
 }
 PATH = ("whole", "path", "streams")
-STABILITY: dict[str, tuple[Any, ...]] = {
-    "maps": ("radius", "norm", "departure", "retention"),
-    "region": ("inside", ("untrained", "inside"), "ascending", ("untrained", "ascending")),
-    "growth": ("log_product", ("untrained", "log_product"), "log_norms", "log_radii"),
+TWINS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "energy": (
+        "energy",
+        (
+            ("trained", "update/rise"),
+            ("trained", "random/rise"),
+            ("trained", "update/cosine"),
+            ("untrained", "update/cosine"),
+        ),
+    ),
+    "rising": (
+        "energy",
+        tuple(
+            (which, f"{what}/rising")
+            for which in ("trained", "untrained")
+            for what in ("update", "random")
+        ),
+    ),
+    "maps": (
+        "stability",
+        tuple(("trained", n) for n in ("radius", "norm", "departure", "retention")),
+    ),
+    "region": (
+        "stability",
+        tuple((w, n) for n in ("inside", "ascending") for w in ("trained", "untrained")),
+    ),
+    "growth": (
+        "stability",
+        (
+            ("trained", "log_product"),
+            ("untrained", "log_product"),
+            ("trained", "log_norms"),
+            ("trained", "log_radii"),
+        ),
+    ),
 }
+"""Part and columns of the tables that have untrained models beside trained ones."""
 FIELD = ("field", "sign", "norm")
 WALKED = ("update", "relative", "turn", "damping")
 KEPT = ("retention", "gain", "damping")
@@ -52,6 +86,8 @@ CAPTIONS = {
     "field": "κ = tr J²/‖J‖²: 1 a gradient, 0 as random, −1 a rotation",
     "sign": "Symmetric part of J; λ > 0: share of Σλ²",
     "norm": "κ without and in the metric of the pre-norm; loops |∮|/Σ|side|",
+    "energy": "Interaction energy E along attention's update u; cosine of u with ∇S",
+    "rising": "Share of (token, head) at which E rises along u",
     "maps": "State map of each substep, a token at a time",
     "region": "Shares of (token, eigenvalue λ of the oracle) in the region, and ascending",
     "growth": "Product Π of the state maps from the start",
@@ -86,8 +122,8 @@ def rows(results: Mapping[str, Any], part: str) -> Iterator[Row]:
             yield from ((run["name"], cells) for cells in _field(run, part))
         elif part == "gauss_newton" and part in found:
             yield run["name"], _gauss_newton(found[part])
-        elif part in STABILITY:
-            yield from ((run["name"], cells) for cells in _stability(run, part))
+        elif part in TWINS:
+            yield from ((run["name"], cells) for cells in _beside(run, part))
         elif part in PATH and "path" in found:
             labels = found["path"]["labels"]
             yield from ((run["name"], cells) for cells in _path(run, labels, part))
@@ -134,16 +170,15 @@ def _field(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
         yield [f"({name})", *map(short, columns)]
 
 
-def _stability(run: Mapping[str, Any], part: str) -> Iterator[list[str]]:
-    labels = ((run.get("found") or {}).get("stability/trained") or {}).get("labels") or ()
-    both = {which: stability_of(run, which) for which in ("trained", "untrained")}
+def _beside(run: Mapping[str, Any], table: str) -> Iterator[list[str]]:
+    """The rows of a table of `TWINS`: of the substeps at which there is something."""
+    part, columns = TWINS[table]
+    labels = ((run.get("found") or {}).get(f"{part}/trained") or {}).get("labels") or ()
+    both = {which: part_of(run, part, which) for which in ("trained", "untrained")}
     for place, label in enumerate(labels):
-        if place:
-            names = (
-                ("trained", name) if isinstance(name, str) else name for name in STABILITY[part]
-            )
-            ones = [(both[which].get(f"{place}/{name}") or {}) for which, name in names]
-            yield [label, *(short(one.get("mean")) for one in ones)]
+        ones = [both[which].get(f"{place}/{name}") for which, name in columns]
+        if any(ones):
+            yield [label, *(short((one or {}).get("mean")) for one in ones)]
 
 
 def _gauss_newton(found: Mapping[str, Any]) -> list[str]:
@@ -179,6 +214,10 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     said = lines([run["tokens"] for run in results["runs"]])
     if len({run["tokens"]["fingerprint"] for run in results["runs"]}) > 1:
         said.append("The runs are measured on different tokens.")
+    for run in results["runs"]:
+        for one in (run.get("found") or {}).values():
+            if "does_not_apply" in one:
+                said.append(f"{run['name']}: {one['does_not_apply']}.")
     return said
 
 
