@@ -16,6 +16,14 @@ from polyak.training.loop import train
 
 Make = Callable[..., Any]
 
+FEW = ("gradient_descent", "triple_momentum", "soap")
+"""Rules without streams, with one, and with one of another shape: for what is not a rule's own."""
+
+
+def if_few(rule: str) -> pytest.MarkDecorator | tuple[()]:
+    """The mark of a rule where the few stand for all by default."""
+    return () if rule in FEW else pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

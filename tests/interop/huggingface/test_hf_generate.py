@@ -19,7 +19,7 @@ from transformers import (
 from polyak import rules
 from polyak.errors import ConfigError
 from polyak.nn.presets import preset_fields
-from tests.interop.huggingface.conftest import one_line
+from tests.interop.huggingface.conftest import if_few, one_line
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
 CACHES: dict[str, Callable[[Any], Any]] = {
@@ -39,16 +39,11 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-FEW = ("gradient_descent", "triple_momentum", "soap")
-"""Without streams, with one, and with one of another shape: what depends on more than the rule."""
 rule_and_preset = pytest.mark.parametrize(
     ("rule", "preset"),
     [
-        pytest.param(rule, preset, marks=pytest.mark.slow if preset == "llama" else ())
-        if rule not in FEW
-        else (rule, preset)
-        for preset in ("paper", "llama")
-        for rule in rules.names()
+        *((rule, "paper") for rule in rules.names()),
+        *(pytest.param(rule, "llama", marks=if_few(rule)) for rule in rules.names()),
     ],
 )
 

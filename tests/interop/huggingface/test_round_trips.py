@@ -18,7 +18,7 @@ from polyak import ModelConfig, Transformer, rules
 from polyak.errors import ConfigError, PolyakError, RunError, UnknownNameError
 from polyak.files import sha256_of
 from polyak.nn.presets import preset_fields
-from tests.interop.huggingface.conftest import one_line
+from tests.interop.huggingface.conftest import if_few, one_line
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "my_rule.py"
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
@@ -57,8 +57,17 @@ def there_and_back(model: Any, folder: Path) -> Any:
     return kind.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("rule", rules.names())
-@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        *(pytest.param(rule, {}, id=f"{rule}-plain") for rule in rules.names()),
+        *(
+            pytest.param(rule, options, id=f"{rule}-{name}", marks=if_few(rule))
+            for name, options in OPTIONS.items()
+            for rule in rules.names()
+        ),
+    ],
+)
 def test_saved_and_loaded_is_the_same_to_the_last_bit(
     tiny: Callable[..., Any], tmp_path: Path, rule: str, options: dict[str, Any]
 ) -> None:
