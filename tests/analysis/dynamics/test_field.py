@@ -187,6 +187,7 @@ EVERY: list[dict[str, Any]] = [
     *({"attention": name} for name in attention.names()),
     *(preset_fields(name, num_heads=2) for name in ("gpt2", "llama", "momentum_transformer")),
     {"splitting": "simultaneous"},
+    {"embedding_norm": "rms", "embedding_reinjection": True},
 ]
 
 

@@ -24,6 +24,7 @@ EVERY: list[dict[str, Any]] = [
     *(preset_fields(name, num_heads=2) for name in ("llama", "momentum_transformer")),
     {"rule": "heavy_ball", "splitting": "simultaneous"},
     {"rule": "adam@attention+residual_momentum@mlp"},
+    {"rule": "heavy_ball", "residual_width": 6, "stream_start": "x"},
 ]
 SMALL = {"d_model": 4, "num_layers": 2}
 

@@ -28,6 +28,8 @@ EVERY: list[dict[str, Any]] = [
     *({"attention": name} for name in attention.names()),
     *(preset_fields(name, num_heads=2) for name in ("gpt2", "llama", "momentum_transformer")),
     {"splitting": "simultaneous", "rule": "triple_momentum"},
+    {"embedding_norm": "layer", "rule": "heavy_ball", "stream_start": "x"},
+    {"residual_width": 12, "rule": "triple_momentum"},
     {"rule": "residual_momentum@attention+gradient_descent@mlp"},
 ]
 
@@ -67,6 +69,19 @@ def test_a_middle_loss_is_that_of_a_model_that_ends_there(ids: Tensor, tiny: Bui
     del shorter.blocks[1:]
     expected = F.cross_entropy(shorter(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     assert loss_curve(Watched(model), ids).loss[2].value == pytest.approx(float(expected.detach()))
+
+
+def test_what_a_layer_adds_again_is_in_what_its_first_substep_takes(
+    ids: Tensor, tiny: Build
+) -> None:
+    model = tiny(embedding_reinjection=True)
+    watched = Watched(model)
+    made = watched.run(ids[:, :-1])
+    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    assert loss_curve(watched, ids).loss[-1].value == pytest.approx(float(loss.detach()))
+    x, state = model.start(ids[:, :-1])
+    first: Any = model.blocks[0]
+    torch.testing.assert_close(made.xs[0], first.reinjected(x, state))
 
 
 def test_the_model_is_not_changed(ids: Tensor, tiny: Build) -> None:
