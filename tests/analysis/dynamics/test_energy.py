@@ -19,6 +19,8 @@ from polyak.nn.presets import preset_fields
 
 Build = Callable[..., Transformer]
 T, D = 5, 4
+FORMS = ("gradient_descent", "triple_momentum")
+"""One rule that asks at x, one that asks ahead of it."""
 
 
 def tied(x: Tensor) -> Tensor:
@@ -60,7 +62,10 @@ def test_its_gradient_by_a_token_s_own_query_is_tied_attention() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"rule": name} for name in rules.names()),
+        *(
+            pytest.param({"rule": name}, marks=() if name in FORMS else pytest.mark.slow)
+            for name in rules.names()
+        ),
         *(preset_fields(name, num_heads=2) for name in ("gpt2", "llama")),
         {"splitting": "simultaneous"},
         {"norm_position": "post"},

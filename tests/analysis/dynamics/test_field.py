@@ -182,8 +182,13 @@ def test_tokens_are_spread_evenly_and_each_is_as_likely() -> None:
     assert spaced(3, 4, generator).tolist() == [0, 1, 2]
 
 
-EVERY: list[dict[str, Any]] = [
-    *({"rule": name} for name in rules.names()),
+FORMS = ("gradient_descent", "triple_momentum", "soap")
+"""One rule for each way to ask an oracle: at x, ahead of it, beside a matrix stream."""
+EVERY: list[Any] = [
+    *(
+        pytest.param({"rule": name}, marks=() if name in FORMS else pytest.mark.slow)
+        for name in rules.names()
+    ),
     *({"attention": name} for name in attention.names()),
     *(preset_fields(name, num_heads=2) for name in ("gpt2", "llama", "momentum_transformer")),
     {"splitting": "simultaneous"},

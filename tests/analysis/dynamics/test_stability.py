@@ -26,6 +26,8 @@ EVERY: list[dict[str, Any]] = [
     {"rule": "adam@attention+residual_momentum@mlp"},
     {"rule": "heavy_ball", "residual_width": 6, "stream_start": "x"},
 ]
+FORMS = ("gradient_descent", "triple_momentum", "adam", "soap")
+"""One rule for each kind of state: none, a velocity, two vectors, a matrix too."""
 SMALL = {"d_model": 4, "num_layers": 2}
 
 
@@ -69,7 +71,14 @@ def test_products_of_the_blocks_are_the_diagonal_of_the_whole_map_s_jacobian(
         torch.testing.assert_close(product, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("fields", EVERY, ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, marks=() if fields.get("rule") in FORMS else pytest.mark.slow)
+        for fields in EVERY
+    ],
+    ids=str,
+)
 def test_every_model_has_its_numbers_in_order(
     fields: dict[str, Any], ids: Tensor, tiny: Build
 ) -> None:
