@@ -119,15 +119,19 @@ def attention_table(rows: Sequence[dict[str, Any]], tokens: int, last: bool) -> 
         table.add_row(
             Text(f"  [{variant}" if bracket else kind),  # brackets are no markup
             str(row["chunk_size"] or "–"),
-            f"{1e3 * row['seconds']['median']:,.1f}",
+            _short(1e3 * row["seconds"]["median"]),
             f"{ratio['median']:.2f}",
             f"{ratio['low']:.2f}–{ratio['high']:.2f}",
             f"{row['relative_time']['median']:.2f}",
             f"{growth['median']:.2f}" if growth else "–",
-            f"{row['peak_bytes'] / 1e6:,.1f}",
+            _short(row["peak_bytes"] / 1e6),
             f"{row['relative_peak']:.2f}",
         )
     return table
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
 def _table(*columns: str) -> Table:
