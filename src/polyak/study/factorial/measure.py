@@ -240,7 +240,8 @@ def sentence(results: Mapping[str, Any]) -> str:
     clear = [row for row in effects if row["verdict"] != "unclear"]
     over = f"Over {seeds} seeds and {len(results['entries'])} cells"
     if not clear:
-        return f"{over}, none of {len(effects)} effects can be told apart from noise."
+        which = f"none of {len(effects)} effects can" if len(effects) > 1 else "the effect cannot"
+        return f"{over}, {which} be told apart from noise."
     main = [row for row in clear if len(row["factors"]) == 1]
     mixed = len(clear) - len(main)
     said = [
