@@ -103,7 +103,7 @@ def _at(row: dict[str, Any], place: str) -> str:
 
 def attention_table(rows: Sequence[dict[str, Any]], tokens: int, last: bool) -> Table:
     """Kinds of attention at one length; the last table explains the columns."""
-    columns = ("chunk", "ms", "speed", "low–high", "time", "growth", "MB", "peak")
+    columns = ("chunk", "ms", "speed", "low–high", "time", "growth", "peak")
     table = house_table(f"{tokens:,} tokens", "", *columns)
     if last:
         table.caption = (
@@ -124,7 +124,6 @@ def attention_table(rows: Sequence[dict[str, Any]], tokens: int, last: bool) -> 
             f"{ratio['low']:.2f}–{ratio['high']:.2f}",
             f"{row['relative_time']['median']:.2f}",
             f"{growth['median']:.2f}" if growth else "–",
-            _short(row["peak_bytes"] / 1e6),
             f"{row['relative_peak']:.2f}",
         )
     return table
