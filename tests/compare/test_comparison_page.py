@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def test_a_grid_shows_every_point_and_the_one_chosen() -> None:
         assert shown in Page(text).text, shown
     assert "training.muon_lr, at the best training.adam_lr" in text
     assert text.count("<td><strong>") == len(CASES["grid"]()["entries"])
+
+
+def test_many_entries_with_long_names_fit_and_the_sentence_stays_short() -> None:
+    rules = ["adaptive_residual_momentum", *(f"residual_momentum[mu=0.{n}25]" for n in range(4))]
+    kinds = ("linear", "momentum", "adaptive_momentum", "softmax")
+    names = [f"{r}@attention+gradient_descent[attention={k}]@mlp" for r in rules for k in kinds]
+    results = complete(made_up(["gradient_descent", *names]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of figures whose axes have no room left
+        render(results)
+    sentence = results["verdict"]["sentence"]
+    assert sentence.count("@mlp") <= 14
+    assert " others " in sentence
 
 
 def test_names_and_messages_are_escaped() -> None:

@@ -11,14 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from polyak.report.curves import UNITS, difference_curves, loss_curves
-from polyak.report.figures import SIZE, Panel, drawn, rows_axes, scalar_panels
+from polyak.report.figures import Panel, drawn, row_name, rows_axes, rows_size, scalar_panels
 from polyak.report.svg import LIGHT, PALETTE, color, house_style, styles
 
 
@@ -43,15 +42,7 @@ def forest(axes: Axes, results: Mapping[str, Any]) -> bool:
             markerfacecolor=style.color if resolved else color("surface"),
             markeredgewidth=1.5,
         )
-        axes.annotate(
-            entry["name"],
-            (0, row - 0.28),
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            fontsize=0.92 * float(mpl.rcParams["font.size"]),
-            color=color("ink"),
-            bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
-        )
+        row_name(axes, entry["name"], row)
     label = "difference from baseline (nats/token); left is better"
     rows_axes(axes, -0.95, len(rows) - 0.5, label)
     return True
@@ -109,9 +100,9 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
         Panel(f"loss-{axis}", f"Validation loss against {UNITS[axis]}", loss_curves, (axis,))
         for axis in ("tokens", "flops", "seconds")
     ]
-    rows = sum(bool(entry.get("difference")) for entry in results["entries"])
+    rows = [entry["name"] for entry in results["entries"] if entry.get("difference")]
     title = "Differences from the baseline with 95% intervals"
-    panels.append(Panel("forest", title, forest, (), (SIZE[0], max(1.6, 0.75 + 0.5 * rows))))
+    panels.append(Panel("forest", title, forest, (), rows_size(rows)))
     title = "Difference from the baseline against training tokens"
     panels.append(Panel("differences", title, difference_curves))
     panels.append(Panel("sweep", "Validation loss against the swept value", sweep))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -13,11 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from polyak.report.svg import color, house_style, styles, to_svg
+from polyak.words import folded
 
 SIZE = (5.0, 3.6)  # inches of 72 units: 360 wide, so that a phone shows text at its true size
 LOW = (SIZE[0], 2.6)
 
 
+ROW_NAME = 56
+"""Letters of a row's name that have room in a figure."""
 GREEK = "alpha|beta|gamma|delta|eta|kappa|lambda|mu|nu|rho|sigma|tau"
 
 
@@ -110,6 +114,33 @@ def rows_axes(axes: Axes, top: float, bottom: float, label: str) -> None:
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set_xlabel(label)
+
+
+def rows_size(names: Sequence[str]) -> tuple[float, float]:
+    """Of a figure with a row for each name, in inches."""
+    each = 0.5 if all(len(name) <= ROW_NAME for name in names) else 0.7
+    return SIZE[0], max(1.6, 0.75 + each * len(names))
+
+
+def row_name(axes: Axes, name: str, row: float, size: float = 0.92) -> None:
+    """Write a row's name above what is drawn in it; a long one in lines, where its parts meet.
+
+    Args:
+        axes: those of `rows_axes`.
+        name: what the row is of.
+        row: its place.
+        size: of the letters, relative to the figure's.
+    """
+    written = axes.annotate(
+        name if len(name) <= ROW_NAME else folded(name, ROW_NAME),
+        (0, row - 0.28),
+        xycoords=("axes fraction", "data"),
+        va="bottom",
+        fontsize=size * float(mpl.rcParams["font.size"]),
+        color=color("ink"),
+        bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
+    )
+    written.set_in_layout(False)  # text never takes the axes' room
 
 
 def drawn(results: Mapping[str, Any], panels: Iterable[Panel]) -> dict[str, Markup]:

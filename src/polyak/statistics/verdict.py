@@ -32,6 +32,9 @@ BUDGETS = {
     "params": "at equal parameters",
 }
 
+NAMED = 7
+"""So many names of a group stand in the sentence; tables have all."""
+
 
 def complete(results: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `results` with losses, differences and the verdict filled in from its runs.
@@ -223,15 +226,23 @@ def _several(entries: Sequence[Mapping[str, Any]], baseline: str) -> str:
     parts = []
     if groups["better"]:
         verb = "ends" if len(groups["better"]) == 1 else "end"
-        parts.append(f"{listed(groups['better'])} {verb} below {baseline}")
+        parts.append(f"{_some(groups['better'])} {verb} below {baseline}")
     if groups["worse"]:
         verb = "ends" if len(groups["worse"]) == 1 else "end"
         object_ = "it" if parts else baseline
-        parts.append(f"{listed(groups['worse'])} {verb} above {object_}")
+        parts.append(f"{_some(groups['worse'])} {verb} above {object_}")
     if groups["unresolved"]:
         object_ = "it" if parts else baseline
-        parts.append(f"{listed(groups['unresolved'])} cannot be told apart from {object_}")
+        parts.append(f"{_some(groups['unresolved'])} cannot be told apart from {object_}")
     return f"{'; '.join(parts)} (simultaneous 95% intervals)."
+
+
+def _some(names: Sequence[str]) -> str:
+    """All of a few names; of many the first, and how many more there are."""
+    if len(names) <= NAMED:
+        return listed(names)
+    first = names[: NAMED - 2]
+    return f"{', '.join(first)} and {len(names) - len(first)} others"
 
 
 def _among_better(results: Mapping[str, Any], table: Array) -> str:

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from polyak.report.figures import SIZE, Panel, drawn, rows_axes
-from polyak.report.svg import color, styles
+from polyak.report.figures import SIZE, Panel, drawn, row_name, rows_axes
+from polyak.report.svg import styles
 
 POINTS = 32
 """Points of a curve over positions, evenly spaced in the logarithm."""
@@ -32,13 +32,7 @@ def by_corpus(axes: Axes, results: Mapping[str, Any]) -> bool:
             axes.plot([value - 2 * error, value + 2 * error], [at, at], color=style.color)
             axes.plot([value], [at], marker=style.marker, color=style.color, markersize=5)
     for row, found in enumerate(corpora):
-        axes.annotate(
-            found["name"],
-            (0, row - 0.34),
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            color=color("ink"),
-        )
+        row_name(axes, found["name"], row - 0.06, 1.0)
     rows_axes(axes, -0.75, len(corpora) - 0.5, "bits/byte; left is better")
     return True
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from polyak.report.figures import SIZE, Panel, drawn, rows_axes
+from polyak.report.figures import Panel, drawn, row_name, rows_axes, rows_size
 from polyak.report.svg import DASHES, MARKERS, SERIES, Style, color
 
 
@@ -28,15 +27,7 @@ def forest(axes: Axes, results: Mapping[str, Any], several: bool) -> bool:
         clear = row["verdict"] in ("lowers", "raises")
         face = shade if clear else color("surface")
         axes.plot([row["mean"]], [place], "o", color=shade, markersize=7, markerfacecolor=face)
-        axes.annotate(
-            row["name"],
-            (0, place - 0.28),
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            fontsize=0.85 * float(mpl.rcParams["font.size"]),
-            color=color("ink"),
-            bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 1.5},
-        )
+        row_name(axes, row["name"], place, 0.85)
     rows_axes(axes, -0.95, len(rows) - 0.5, "effect on the loss (nats/token); left is better")
     return True
 
@@ -90,10 +81,10 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, Markup]:
     """Every figure that has something to show, by name."""
     panels = []
     for name, several in (("effects", False), ("interactions", True)):
-        rows = sum((len(row["factors"]) > 1) == several for row in results["effects"])
-        size = (SIZE[0], max(1.6, 0.75 + 0.5 * rows))
+        effects = results["effects"]
+        rows = [row["name"] for row in effects if (len(row["factors"]) > 1) == several]
         title = f"{name.capitalize()} with simultaneous 95% intervals"
-        panels.append(Panel(name, title, forest, (several,), size))
+        panels.append(Panel(name, title, forest, (several,), rows_size(rows)))
     count = len(results["factors"])
     pairs: list[tuple[int, int | None]] = [*combinations(range(count), 2)]
     for a, b in pairs or [(0, None)]:
