@@ -36,7 +36,7 @@ def build(out: Path) -> list[Path]:
         page = out / f"{data.stem}.html"
         page.write_text(PAGES[results["kind"]](results), encoding="utf-8")
         written.append(page)
-        if results["kind"] == "comparison":
+        if (DOCS / f"{data.stem}.png").exists():  # shown somewhere
             written.append(write_picture(results, out / f"{data.stem}.png"))
     return written
 
