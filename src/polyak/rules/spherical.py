@@ -20,7 +20,7 @@ from polyak.rules import (
 )
 
 
-@register("spherical")
+@register("spherical", architecture="Spherical")
 class Spherical(UpdateRule):
     r"""u = LN(O(x)); v ← cos φ·v + sin φ·u; x ← x + νv, with φ in (0, π/2).
 
