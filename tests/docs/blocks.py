@@ -117,7 +117,8 @@ def blocks(page: Path) -> list[Block]:
 def smaller(page: Path) -> list[Block]:
     """The blocks of a page that run, with less to do."""
     found = [block for block in blocks(page) if block.runs]
-    name = page.relative_to(ROOT).as_posix().removeprefix("docs/")
+    ours = page.is_relative_to(ROOT)
+    name = page.relative_to(ROOT).as_posix().removeprefix("docs/") if ours else page.name
     for long, short in SMALLER.get(name, {}).items():
         assert any(long in block.code for block in found), f"{name}: nothing has {long!r}"
         found = [replace(block, code=block.code.replace(long, short)) for block in found]
