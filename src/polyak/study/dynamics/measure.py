@@ -28,6 +28,7 @@ from polyak.errors import DataError
 from polyak.evaluation.subjects import Subject, TokenSet, load_subjects, token_set
 from polyak.report.pages import check_out
 from polyak.settings import defaults
+from polyak.study.dynamics.found import fits
 from polyak.study.measured import Measurement, measure_runs
 from polyak.training.machine import peak_memory_bytes
 from polyak.training.runs.metrics import without_nonfinite
@@ -74,7 +75,9 @@ def dynamics(
     sets = [tokens_of(subject, config) for subject in subjects]
     for subject, tokens in zip(subjects, sets, strict=True):  # refused before anything is written
         _watched(subject, config).check(tokens.ids.to(subject.device))
-    asked = Measurement(KIND, settings, measure, render, _derived, defaults(DynamicsConfig))
+    asked = Measurement(
+        KIND, settings, measure, render, _derived, defaults(DynamicsConfig), fits(config)
+    )
     return measure_runs(asked, subjects, sets, config.out, command=command, progress=progress)
 
 
