@@ -18,7 +18,7 @@ from polyak.study.dynamics.figures import (
     part_of,
     streams_of,
 )
-from polyak.words import NONE, fixed, folded, plural
+from polyak.words import NONE, fixed, folded, listed, plural
 
 NAME = 20
 Row = tuple[str, Sequence[str]]
@@ -223,7 +223,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
 
 def sentence(results: Mapping[str, Any]) -> str:
     """What the page says first."""
-    parts = " and ".join(results["settings"]["parts"])
+    parts = listed([part.replace("_", " ") for part in results["settings"]["parts"]])
     return f"{plural(len(results['runs']), 'run')}: {parts}."
 
 
