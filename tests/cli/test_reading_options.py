@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Pa
     (folder / "body.json").write_bytes(f"[{','.join(lines)}]".encode("latin-1"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLYAK_CACHE", str(folder / "cache"))
-        config = run_config(corpus, steps=2, d_model=8, context_length=8)
+        config = run_config(corpus, steps=2, d_model=8, num_layers=2, context_length=8)
         train(config, folder / "run")
         yield folder
 

@@ -164,7 +164,7 @@ def give(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Give:
             rule = "triple_momentum" if name == "runs/mine" else "gradient_descent"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("POLYAK_CACHE", str(cache))
-                train(run_config(corpus, rule, context_length=24), path)
+                train(run_config(corpus, rule, num_layers=2, context_length=24), path)
         return path
 
     return made
