@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [path.parent for path in (ROOT / "src/polyak").rglob("__init__.py")]
@@ -38,3 +43,22 @@ def test_contributing_names_every_room():
     named = set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))
     top = {room.name for room in ROOMS if room.parent.name == "polyak" and room.name != "polyak"}
     assert named == top
+
+
+@pytest.mark.slow
+def test_every_process_collects_the_same_tests():
+    """The name of a set, say, depends on the process; workers that run side by side must agree."""
+    found = []
+    for seed in ("1", "2", "3"):
+        words = ("pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider")
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+        found.append([line for line in done.stdout.splitlines() if "::" in line])
+    assert len(found[0]) > 5000
+    assert found[0] == found[1] == found[2]
